@@ -1,0 +1,151 @@
+"""Settings as frozen dataclasses: what the YAML files beside this one may hold.
+
+Hydra's DictConfig ends here: `settings()` turns it into these and rejects what is unknown or of the wrong type.
+A comment on what a field does stands in the YAML file where a user meets it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from curate.corpus.example import ColumnMap
+from curate.errors import ConfigError
+from curate.models.load import ModelSpec
+from curate.models.engines import GenerationSpec
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    url: str | list[str]
+    name: str
+    format: str = "auto"
+    columns: ColumnMap = field(default_factory=ColumnMap)
+    max_rows: int | None = None
+    unit_rows: int = 512
+    max_tokens: int = 2048
+    overlong: Literal["quarantine", "truncate"] = "quarantine"
+    max_bad_fraction: float = 0.1
+    skip_broken_shards: bool = False
+    positive_label: str | None = None
+
+
+@dataclass(frozen=True)
+class Sink:
+    url: str
+    store: str
+
+
+@dataclass(frozen=True)
+class Selector:
+    mode: Literal["remove_most", "remove_least", "keep_most", "keep_least"]
+    fraction: float | None = None
+    count: int | None = None
+    threshold: float | None = None
+    column: str | None = None
+    per_group: bool = False
+
+
+@dataclass(frozen=True)
+class ConceptSettings:
+    kind: Literal["persona", "probe", "file"]
+    path: str | list[str] | None = None
+    method: Literal["teacher_forced", "rollouts"] = "teacher_forced"
+    rollouts: int = 10
+    max_new_tokens: int = 256
+    with_instruction: bool = False
+    trait_threshold: float = 50.0
+    coherence_threshold: float = 50.0
+    format: str = "auto"
+    columns: ColumnMap = field(default_factory=ColumnMap)
+    positive_label: str | None = None
+    name: str | None = None
+    layer: int | None = None
+    max_rows: int = 5000
+    allow_other_model: bool = False
+
+
+@dataclass(frozen=True)
+class Judge:
+    kind: Literal["none", "openai"] = "none"
+    base_url: str | None = None
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 60.0
+    attempts: int = 6
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: Literal["local", "existing"] = "local"
+    ray_address: str = "auto"
+    cpus: int | None = None
+    gpus: int | None = None
+    workers: int | None = None
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
+    engine_workers: int | None = None
+    engine_cpus: float | None = None
+    engine_gpus: float | None = None
+    reader_cpus: float = 0.25
+    object_store_gb: float | None = None
+    token_budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    examples: int = 8
+    bootstrap: int = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a job may be told."""
+
+    source: Source
+    model: ModelSpec
+    concept: dict[str, ConceptSettings]
+    scorer: dict[str, dict[str, Any]]
+    selector: Selector
+    sink: Sink
+    generation: GenerationSpec
+    generate_rows: int | None
+    judge: Judge
+    cluster: Cluster
+    report: Report
+    seed: int = 0
+    plan: bool = False
+
+
+for _cls in (ColumnMap, ModelSpec, GenerationSpec, Source, Sink, Selector, ConceptSettings, Judge, Cluster, Report, Settings):
+    _cls.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+
+
+def settings(config: DictConfig) -> Settings:
+    """Frozen settings from a composed config.
+
+    Raises:
+        ConfigError: a missing, unknown or wrongly typed value; names the field, the value and what is allowed.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as e:
+        raise ConfigError(f"{e.full_key} is not set; give it on the command line: {e.full_key}=…") from None
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"the configuration cannot be resolved: {e}") from None
+    try:
+        return TypeAdapter(Settings).validate_python(plain)
+    except ValidationError as e:
+        lines = []
+        for err in e.errors()[:8]:
+            where = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("list[", "str", "int")))
+            lines.append(f"  {where} = {err['input']!r}: {err['msg']}")
+        raise ConfigError("these settings do not fit:\n" + "\n".join(lines)) from None

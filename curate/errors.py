@@ -1,0 +1,57 @@
+"""Errors that a user can act on. Each message names the thing, the value that was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CurateError(Exception):
+    """Base of every error raised on purpose; jobs print its message without a traceback and exit with status 2."""
+
+
+class ConfigError(CurateError):
+    """A setting is unknown, has the wrong type or cannot be met."""
+
+
+class CorpusError(CurateError):
+    """The corpus as a whole cannot be used: missing, empty, cut off, or of mixed schemas."""
+
+
+class StorageError(CurateError):
+    """A location cannot be read or written."""
+
+
+class ModelError(CurateError):
+    """A model, adapter or tokenizer cannot be loaded or does not fit."""
+
+
+class ConceptError(CurateError):
+    """A concept file is broken or belongs to another model, width or layer."""
+
+
+class RecipeError(CurateError):
+    """The output place already holds the product of another recipe."""
+
+
+class BadRow(Exception):
+    """One row cannot be used. It goes to quarantine with `reason`; its neighbours go on.
+
+    Not a CurateError: it never reaches the user as a failure of the job.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def near(word: str, choices: Iterable[str], n: int = 3) -> str:
+    """A hint for a misspelt name: ``"; did you mean 'messages'?"``, or the list of choices when none is close."""
+    names = sorted({str(c) for c in choices})
+    close = difflib.get_close_matches(str(word), names, n=n, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
+    if not names:
+        return ""
+    shown = ", ".join(repr(c) for c in names[:20]) + (", …" if len(names) > 20 else "")
+    return f"; choose from {shown}"

@@ -1,0 +1,1 @@
+"""Evaluation: what a judge thinks of an answer. No cluster."""

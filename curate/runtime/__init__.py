@@ -1,0 +1,1 @@
+"""The only room that imports ray: sessions, streaming of units, actor pools, commits and resume."""

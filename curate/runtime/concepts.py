@@ -1,0 +1,228 @@
+"""The concept stage: make persona vectors and probes with the cluster's models, or read them; keep them in the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from connectors import registry, storage
+from curate.concepts import concept as files
+from curate.concepts.concept import Concept
+from curate.concepts.persona import Rollout, from_rollouts, rollout_requests, teacher_forced, with_scores
+from curate.concepts.probe import linear_probe
+from curate.concepts.trait import Trait, load_trait
+from curate.corpus.chunk import Chunk
+from curate.corpus.example import ColumnMap, Example, to_example
+from curate.corpus.recipe import Recipe
+from curate.corpus.render import Rendered, Renderer
+from curate.errors import BadRow, ConceptError, ConfigError, near
+from curate.evaluation.judge import Judge, NoJudge
+from curate.models.engines import GenerationSpec, make_engine, row_seed
+from curate.models.load import ModelSpec, load_tokenizer
+from curate.runtime.activations import response_activations
+from curate.runtime.generate import sampling_facts
+from curate.runtime.progress import Progress, say
+from curate.runtime.session import Session
+from curate.runtime.stream import stream
+
+
+@dataclass(frozen=True)
+class ConceptContext:
+    """What every way of making a concept needs. `store` keeps what was made, under the digest of its recipe."""
+
+    model: ModelSpec
+    identity: Mapping[str, Any]
+    max_tokens: int
+    store: str
+    session: Session
+
+    def activations(self, what: str) -> Callable[[Sequence[Example]], np.ndarray]:
+        return lambda examples: response_activations(examples, self.model, self.max_tokens, self.session, what)
+
+    def place(self, name: str, recipe: Recipe) -> str:
+        return storage.join(self.store, "concepts", f"{name}-{recipe.digest}")
+
+
+def _kept(context: ConceptContext, name: str, recipe: Recipe, make: Callable[[], Concept]) -> Concept:
+    """The concept of `recipe` from the store, or made now and put there."""
+    where = context.place(name, recipe)
+    if storage.exists(where + ".json"):
+        say(f"concept {name}: found at {where}.json")
+        return files.load(where, name)
+    made = make()
+    files.save(replace(made, name=name), where)
+    say(f"concept {name}: made and kept at {where}.json", layer=made.layer)
+    return files.load(where, name)
+
+
+def persona(context: ConceptContext, name: str, trait_url: str, with_instruction: bool) -> Concept:
+    """Persona vector from a trait file's contrastive responses."""
+    trait = load_trait(trait_url)
+    fields = {"trait": trait.digest, "model": dict(context.identity), "with_instruction": with_instruction}
+    fields["max_tokens"] = context.max_tokens
+    recipe = Recipe("concept.persona.teacher_forced", fields)
+
+    def make() -> Concept:
+        return teacher_forced(trait, context.activations(f"concept {name}"), context.identity, with_instruction)
+
+    return _kept(context, name, recipe, make)
+
+
+class RolloutWorker:
+    """One actor: prompts of rollouts in, answers out."""
+
+    def __init__(self, model: ModelSpec, generation: GenerationSpec) -> None:
+        self.engine = make_engine(model, generation)
+        self.seed = generation.seed
+
+    def __call__(self, item: bytes) -> bytes:
+        chunk = Chunk.from_bytes(item)
+        seeds = [row_seed(self.seed, e.id) for e in chunk.examples]
+        made = self.engine.generate([r.input_ids for r in chunk.rendered], seeds)
+        return json.dumps([[e.row, a.text if a.error is None else ""] for e, a in zip(chunk.examples, made, strict=True)]).encode()
+
+
+def _rollout_worker(model: ModelSpec, generation: GenerationSpec) -> RolloutWorker:
+    return RolloutWorker(model, generation)
+
+
+def persona_rollouts(
+    context: ConceptContext,
+    name: str,
+    trait_url: str,
+    rollouts: int,
+    generation: GenerationSpec,
+    judge: Judge | None,
+    thresholds: tuple[float, float],
+    with_instruction: bool,
+) -> Concept:
+    """Persona vector from the model's own answers under both instructions, judged unless `judge` is None."""
+    trait = load_trait(trait_url)
+    recipe = Recipe(
+        "concept.persona.rollouts",
+        {
+            "trait": trait.digest,
+            "model": dict(context.identity),
+            "rollouts": rollouts,
+            "generation": sampling_facts(generation),
+            "judge": (judge or NoJudge()).fingerprint(),
+            "thresholds": list(thresholds),
+            "with_instruction": with_instruction,
+            "max_tokens": context.max_tokens,
+        },
+    )
+
+    def make() -> Concept:
+        answered = _generate_rollouts(context, trait, rollouts, generation)
+        if judge is not None:
+            answered = _judged(trait, answered, judge)
+        return from_rollouts(
+            trait,
+            answered,
+            context.activations(f"concept {name}"),
+            context.identity,
+            *thresholds,
+            judged=judge is not None,
+            with_instruction=with_instruction,
+        )
+
+    return _kept(context, name, recipe, make)
+
+
+def _generate_rollouts(
+    context: ConceptContext, trait: Trait, rollouts: int, generation: GenerationSpec
+) -> list[Rollout]:
+    requests = rollout_requests(trait, rollouts)
+    renderer = Renderer(load_tokenizer(context.model), context.max_tokens)
+    items, size = [], 4 * generation.max_batch
+    for at in range(0, len(requests), size):
+        block = requests[at : at + size]
+        examples = [replace(r.example("…"), row=at + i) for i, r in enumerate(block)]
+        rendered = []
+        for e in examples:
+            try:
+                ids = renderer.prompt_ids(e)
+            except BadRow as bad:
+                raise ConceptError(f"trait {trait.name!r}: the prompt of {e.id} cannot be used: {bad.reason}") from None
+            rendered.append(Rendered(ids, len(ids), len(ids), len(ids)))
+        items.append(Chunk("", at, at + len(block), examples, rendered, [None] * len(block)).to_bytes())
+    progress = Progress(f"rollouts of {trait.name}", len(requests))
+    texts: dict[int, str] = {}
+    for answer in stream(items, partial(_rollout_worker, context.model, generation), context.session.engines):
+        found = json.loads(answer)
+        texts.update((row, text) for row, text in found)
+        progress.add(len(found))
+    progress.close()
+    return [Rollout(r, texts[i]) for i, r in enumerate(requests)]
+
+
+def _judged(trait: Trait, rollouts: list[Rollout], judge: Judge) -> list[Rollout]:
+    pairs = [(r.request.messages[-1].content, r.response) for r in rollouts]
+    say(f"judging {len(pairs)} rollouts of {trait.name}")
+    values = [[s.value for s in judge.score(pairs, prompt)] for prompt in (trait.judge_prompt, trait.coherence_prompt)]
+    return with_scores(rollouts, *values)
+
+
+def probe(
+    context: ConceptContext,
+    name: str,
+    url: str | list[str],
+    file_format: str,
+    columns: ColumnMap,
+    positive_label: str,
+    max_rows: int,
+) -> Concept:
+    """Linear probe from labelled rows of any readable source; rows that cannot be used are left out and counted."""
+    if columns.label is None:
+        raise ConfigError("a probe needs labels; name their column: concept.probe.columns.label=…")
+    connector, infos = registry.discover(url, file_format)
+    examples: list[Example] = []
+    digests, bad = [], 0
+    for info in infos:
+        entry, units = connector.scan(info, 1024)
+        digests.append(entry.digest)
+        resolved = columns.resolve(entry.columns, entry.url)
+        for unit in units:
+            if len(examples) >= max_rows:
+                break
+            for _, _, rows in connector.read(unit, resolved.used()):
+                for row in rows:
+                    try:
+                        if row.value is None:
+                            raise BadRow(row.error or "unreadable row")
+                        example = to_example(row.value, row.index, resolved)
+                        if example.label is None:
+                            raise BadRow("no label")
+                        examples.append(example)
+                    except BadRow:
+                        bad += 1
+    examples = examples[:max_rows]
+    if bad:
+        say(f"concept {name}: {bad} labelled rows cannot be used and are left out")
+    if not examples:
+        raise ConceptError(f"{url!r} has no usable labelled row for the probe {name!r}")
+    fields = {
+        "rows": digests,
+        "columns": asdict(columns),
+        "positive_label": positive_label,
+        "max_rows": max_rows,
+        "max_tokens": context.max_tokens,
+        "model": dict(context.identity),
+    }
+
+    labels = [str(e.label) for e in examples]
+    if positive_label not in labels:  # said before the model runs, not after
+        raise ConceptError(f"no row of {url!r} has the label {positive_label!r}{near(positive_label, labels)}")
+
+    def make() -> Concept:
+        found = context.activations(f"concept {name}")(examples)
+        whole = np.isfinite(found).all(axis=(1, 2))
+        kept = [label for label, ok in zip(labels, whole, strict=True) if ok]
+        return linear_probe(found[whole], kept, name, context.identity, positive_label)
+
+    return _kept(context, name, Recipe("concept.probe", fields), make)

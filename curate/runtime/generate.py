@@ -1,0 +1,149 @@
+"""The generation stage: the base model's own response to every prompt, by vLLM actors, kept as an artifact of its own.
+
+The artifact is keyed by corpus, model and sampling, not by concept or number of rows: every later concept uses it, and
+a run over more rows adds to it. Each row has its own seed, made of the run's seed and the row's id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+from connectors import storage
+from curate.corpus.chunk import Chunk, Quarantined
+from curate.corpus.coverage import Part
+from curate.corpus.recipe import Recipe
+from curate.corpus.units import Manifest
+from curate.models.engines import EngineDead, GenerationSpec, make_engine, row_seed
+from curate.runtime.output import Output
+from curate.runtime.progress import Progress
+from curate.runtime.reader import ReaderSpec, read_chunks, work_items
+from curate.runtime.score import StageResult, too_many_bad
+from curate.runtime.session import Session
+from curate.runtime.stream import DEAD_DEVICE_EXIT, stream
+
+
+@dataclass(frozen=True)
+class GenerateSpec:
+    """What the actors of a generation stage need."""
+
+    reader: ReaderSpec
+    generation: GenerationSpec
+    output: Output
+
+
+def sampling_facts(spec: GenerationSpec) -> dict[str, Any]:
+    """What decides a sampled response, for recipes. Sizes of batches and memory are left out: they change a response
+    only in precisions in which rows are not reproducible anyway."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "engine", "dtype", "max_model_len")
+    return {name: getattr(spec, name) for name in names}
+
+
+def generation_recipe(
+    corpus: dict[str, Any], reader: ReaderSpec, model: dict[str, Any], spec: GenerationSpec
+) -> Recipe:
+    """What the responses to a corpus' prompts are made from; its digest names the artifact in the store."""
+    fields = {
+        "corpus": corpus,
+        "model": model,
+        "chat_template": reader.model.chat_template,
+        "max_tokens": reader.max_tokens,
+        "overlong": reader.overlong,
+        "generation": sampling_facts(spec),
+    }
+    return Recipe("generations", fields)
+
+
+class GenerateWorker:
+    """One actor: a vLLM (or transformers) engine; a chunk of prompts in, a committed part of responses out."""
+
+    def __init__(self, spec: GenerateSpec, threads: int) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+        self.spec = spec
+        self.engine = make_engine(spec.reader.model, spec.generation)
+
+    def __call__(self, item: bytes) -> bytes:
+        began = time.perf_counter()
+        chunk = Chunk.from_bytes(item)
+        prompts = [r.input_ids for r in chunk.rendered]
+        seeds = [row_seed(self.spec.generation.seed, e.id) for e in chunk.examples]
+        try:
+            made = self.engine.generate(prompts, seeds)
+        except EngineDead as e:
+            print(f"the generation engine has died ({e}); this actor ends and is replaced", flush=True)
+            os._exit(DEAD_DEVICE_EXIT)
+        bad, rows = list(chunk.bad), []
+        for example, answer in zip(chunk.examples, made, strict=True):
+            if answer.error is not None:
+                text = example.messages[-2].content[:200]
+                bad.append(Quarantined(example.row, answer.error, example.id, text))
+            else:
+                rows.append((example.id, example.row, answer.text, answer.token_ids, answer.finish_reason))
+        columns = list(zip(*rows, strict=True)) if rows else [[], [], [], [], []]
+        table = pa.table(
+            {
+                "id": pa.array(columns[0], pa.string()),
+                "row": pa.array(columns[1], pa.int64()),
+                "response": pa.array(columns[2], pa.string()),
+                "token_ids": pa.array(columns[3], pa.list_(pa.int32())),
+                "finish_reason": pa.array(columns[4], pa.string()),
+            }
+        )
+        self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
+        summary = {
+            "rows": chunk.stop - chunk.start,
+            "bad": len(bad),
+            "tokens": sum(len(a.token_ids) for a in made),
+            "seconds": time.perf_counter() - began,
+            "rss": psutil.Process().memory_info().rss,
+            "engine": self.engine.name,
+            "row_reproducible": self.engine.row_reproducible,
+        }
+        return json.dumps(summary).encode()
+
+
+def _worker(spec: GenerateSpec, threads: int) -> Callable[[bytes], bytes]:
+    return GenerateWorker(spec, threads)
+
+
+def generate(
+    spec: GenerateSpec, recipe: Recipe, manifest: Manifest, session: Session, max_bad_fraction: float
+) -> StageResult:
+    """Generate a response for every row of `manifest` that has none yet.
+
+    Writes `artifact.json` beside the parts: the engine, and whether a row's response is independent of its batch.
+
+    Raises:
+        CorpusError: more than `max_bad_fraction` of the prompts cannot be used.
+    """
+    spec.output.open(recipe)
+    remaining = spec.output.remaining(manifest)
+    left = sum(b - a for _, ranges in remaining for a, b in ranges)
+    progress = Progress("generate", manifest.rows, manifest.rows - left)
+    peak = 0
+    if remaining:
+        reader = replace(spec.reader, generations=None, prompts_only=True)
+        pool = session.engines
+        make = partial(_worker, replace(spec, reader=reader), max(1, round(pool.cpus)))
+        read = partial(read_chunks, spec=reader)
+        for answer in stream(work_items(remaining), make, pool, read, session.reader_cpus):
+            done = json.loads(answer)
+            progress.add(done["rows"], done["tokens"], done["bad"])
+            peak = max(peak, done["rss"])
+            if progress.bad > max_bad_fraction * manifest.rows:
+                raise too_many_bad(spec.output, progress.bad, manifest.rows, max_bad_fraction)
+            if progress.tokens == done["tokens"]:
+                facts = {"engine": done["engine"], "row_reproducible": done["row_reproducible"]}
+                storage.write_atomic(storage.join(spec.output.url, "artifact.json"), json.dumps(facts, indent=2))
+    progress.close()
+    spec.output.check_whole(manifest)
+    bad = sum(1 for _ in spec.output.quarantined())
+    return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)

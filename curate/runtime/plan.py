@@ -1,0 +1,170 @@
+"""The plan: what a run will cost, from the manifest, a sample of rows and a short calibration on the pool."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from curate.concepts.concept import Concept
+from curate.corpus.chunk import Chunk
+from curate.corpus.units import Manifest, Unit
+from curate.errors import CorpusError
+from curate.models.engines import GenerationSpec, make_engine, row_seed
+from curate.models.load import load_model, resolve
+from curate.runtime.reader import ReaderSpec, read_chunks, work_items
+from curate.runtime.session import Session
+from curate.runtime.stream import fetch, put, stream
+from curate.scoring.base import Needs
+from curate.scoring.flops import forward_cost
+from curate.scoring.registry import make_scorers
+from curate.scoring.shared_pass import SharedPass
+
+SAMPLE_UNITS = 8
+SAMPLE_ROWS = 32
+CALIBRATION_SECONDS = 8.0
+PART_BYTES_PER_COLUMN = 8
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    reader: ReaderSpec
+    scorers: Mapping[str, Mapping[str, Any]]
+    generation: GenerationSpec
+    generate_rows: int | None
+    token_budget: int
+    seed: int
+
+
+class CalibrationWorker:
+    """One actor: scores sampled rows for a few seconds, generates a handful of responses where a scorer needs them."""
+
+    def __init__(self, spec: PlanSpec, concepts: Any, threads: int) -> None:
+        torch.set_num_threads(max(1, threads))
+        self.spec = spec
+        scorers = make_scorers(spec.scorers, fetch(concepts))
+        self.needs = Needs.union(s.needs() for s in scorers)
+        model = load_model(spec.reader.model) if self.needs.model else None
+        self.shared = SharedPass(model, scorers, spec.token_budget)
+
+    def __call__(self, item: bytes) -> bytes:
+        chunk = Chunk.from_bytes(item)
+        own = chunk.rendered if self.needs.generated else None
+        size = max(1, len(chunk.examples) // 8)
+        tokens = rows = 0
+        began = time.perf_counter()
+        self.shared.run(chunk.examples[:1], chunk.rendered[:1], own[:1] if own else None)  # warm-up
+        began = time.perf_counter()
+        for at in range(0, len(chunk.examples), size):
+            part = slice(at, at + size)
+            done = self.shared.run(chunk.examples[part], chunk.rendered[part], own[part] if own else None)
+            tokens += done.stats.tokens
+            rows += done.stats.rows
+            if time.perf_counter() - began > CALIBRATION_SECONDS:
+                break
+        seconds = time.perf_counter() - began
+        found = {"tokens": tokens, "rows": rows, "seconds": seconds}
+        if self.needs.generated:
+            few = chunk.rendered[:8]
+            engine = make_engine(self.spec.reader.model, self.spec.generation)
+            seeds = [row_seed(0, e.id) for e in chunk.examples[:8]]
+            prompts = [r.input_ids[: r.start] for r in few]
+            began = time.perf_counter()
+            made = engine.generate(prompts, seeds)
+            found["generated_seconds"] = time.perf_counter() - began
+            found["generated_tokens"] = sum(len(m.token_ids) for m in made)
+            found["generated_rows"] = len(few)
+            engine.close()
+        return json.dumps(found).encode()
+
+
+def _worker(spec: PlanSpec, concepts: Any, threads: int) -> Callable[[bytes], bytes]:
+    return CalibrationWorker(spec, concepts, threads)
+
+
+def sample_chunks(spec: ReaderSpec, manifest: Manifest, seed: int) -> list[Chunk]:
+    """Rows from the start of units spread over the corpus (a compressed stream is read from its beginning only)."""
+    rng = np.random.default_rng(seed)
+    units = list(manifest.units)
+    picked = sorted(rng.choice(len(units), size=min(SAMPLE_UNITS, len(units)), replace=False))
+    chunks = []
+    for i in picked:
+        u: Unit = units[i]
+        stop = min(u.start + SAMPLE_ROWS, u.stop)
+        for item in work_items([(u, [(u.start, stop)])]):
+            chunks.extend(Chunk.from_bytes(c) for c in read_chunks(item, spec))
+    return chunks
+
+
+def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], session: Session) -> str:
+    """The plan as text.
+
+    Raises:
+        CorpusError: none of the sampled rows can be used.
+    """
+    chunks = sample_chunks(spec.reader, manifest, spec.seed)
+    rendered = [r for c in chunks for r in c.rendered]
+    seen = sum(c.stop - c.start for c in chunks)
+    bad = [b for c in chunks for b in c.bad]
+    if not rendered:
+        raise CorpusError(f"none of the {seen} sampled rows can be used; the first reason: {bad[0].reason}")
+    lengths = np.array([r.stop for r in rendered])
+    mean, spread = float(lengths.mean()), float(lengths.std(ddof=1) / np.sqrt(len(lengths))) if len(lengths) > 1 else 0.0
+    share = len(rendered) / seen
+    rows = manifest.rows
+    scorers = make_scorers(spec.scorers, concepts)
+    needs = Needs.union(s.needs() for s in scorers)
+    columns = sum(len(s.columns()) for s in scorers)
+
+    merged = Chunk("", 0, seen, [e for c in chunks for e in c.examples], rendered, [None] * len(rendered))
+    make = partial(_worker, spec, put(list(concepts)), max(1, round(session.scorers.cpus)))
+    one = replace(session.scorers, size=1)
+    found = json.loads(next(iter(stream([merged.to_bytes()], make, one))))
+    rate = found["rows"] / max(found["seconds"], 1e-9) * session.scorers.size
+    score_seconds = rows * share / rate
+
+    config = AutoConfig.from_pretrained(resolve(spec.reader.model), trust_remote_code=spec.reader.model.trust_remote_code)
+    cost = forward_cost(config)
+    deepest = None if needs.gradients else max(needs.layers | needs.generated, default=0)
+    loss_tokens = sum(r.end - r.start for r in rendered) if needs.gradients else 0
+    flops = cost.flops(lengths.tolist(), deepest, loss_tokens) / len(rendered) * rows * share
+    if needs.gradients:
+        flops += cost.gradient_flops(lengths.tolist(), min(needs.gradients), loss_tokens) / len(rendered) * rows * share
+    if needs.generated:
+        flops *= 2
+    broadcast = max((c.vectors.nbytes for c in concepts), default=0)
+    written = rows * (columns * PART_BYTES_PER_COLUMN + 40)
+    low, high = (mean - 1.96 * spread) * rows * share, (mean + 1.96 * spread) * rows * share
+    lines = [
+        ("rows", f"{rows:,} in {len(manifest.files)} file(s), {len(manifest.units):,} units"),
+        ("rows that look bad", f"{(1 - share):.1%} of {seen} sampled" + (f" ({bad[0].reason}, …)" if bad else "")),
+        ("tokens a row", f"mean {mean:.0f}, median {np.median(lengths):.0f}, 95 % {np.quantile(lengths, 0.95):.0f}, largest {lengths.max()}"),
+        ("tokens", f"{mean * rows * share:,.0f} (95 % of the sampling error: {low:,.0f} to {high:,.0f})"),
+        ("forward FLOPs", f"{flops:.3g} (to layer {deepest if deepest is not None else 'L, and back'})"),
+        ("pool", f"{session.scorers.size} scorer(s) × {session.scorers.cpus:g} CPU, {session.scorers.gpus:g} GPU"),
+        ("calibration", f"{found['rows']} rows in {found['seconds']:.1f} s on one scorer: {found['tokens'] / max(found['seconds'], 1e-9):,.0f} tokens/s"),
+        ("scoring time", _duration(score_seconds)),
+    ]
+    if needs.generated:
+        todo = min(rows, spec.generate_rows or rows) * share
+        seconds = todo * found["generated_seconds"] / found["generated_rows"] / session.engines.size
+        lines.append(("generation", f"{todo:,.0f} responses, at most {_duration(seconds)} (8 at a time were measured; larger batches are faster)"))
+    lines += [
+        ("bytes written", f"about {written / 1e6:,.1f} MB of score parts, and the rows that are kept"),
+        ("largest broadcast", f"{broadcast / 1e6:,.2f} MB (concept vectors)"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,79 @@
+"""Progress of long work: one line every few seconds, and a bar on a terminal. Also counters for Ray's metrics.
+
+Lines go to stderr, as text, or as JSON with CURATE_LOG=json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from ray.util import metrics
+from tqdm import tqdm
+
+EVERY_SECONDS = 5.0
+
+
+def say(message: str, **fields: Any) -> None:
+    """One event for the person or the log collector who reads stderr."""
+    if os.environ.get("CURATE_LOG") == "json":
+        event = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": message, **fields}
+        print(json.dumps(event, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+    else:
+        tail = "".join(f" {k}={v}" for k, v in fields.items())
+        tqdm.write(f"{message}{tail}", file=sys.stderr)
+
+
+class Progress:
+    """Counts rows of one stage. `already` rows were done by an earlier run."""
+
+    def __init__(self, stage: str, total: int, already: int = 0) -> None:
+        self.stage, self.total, self.rows, self.tokens, self.bad = stage, total, already, 0, 0
+        self.already = already
+        self.began = self._said = time.monotonic()
+        terminal = sys.stderr.isatty() and os.environ.get("CURATE_LOG") != "json"
+        self._bar = tqdm(total=total, initial=already, desc=stage, unit="row") if terminal else None
+        tags = ("stage",)
+        self._rows = metrics.Counter("curate_rows", "Rows done", tags)
+        self._tokens = metrics.Counter("curate_tokens", "Tokens through the model", tags)
+        self._bad = metrics.Counter("curate_quarantined", "Rows quarantined", tags)
+        if already:
+            say(f"{stage}: resuming", rows_done=already, rows_left=total - already)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def add(self, rows: int, tokens: int = 0, bad: int = 0) -> None:
+        """Another committed range."""
+        self.rows += rows
+        self.tokens += tokens
+        self.bad += bad
+        for counter, n in ((self._rows, rows), (self._tokens, tokens), (self._bad, bad)):
+            if n:
+                counter.inc(n, {"stage": self.stage})
+        if self._bar is not None:
+            self._bar.update(rows)
+        elif time.monotonic() - self._said >= EVERY_SECONDS:
+            self._said = time.monotonic()
+            self._line()
+
+    def _line(self) -> None:
+        rate = (self.rows - self.already) / max(self.seconds, 1e-9)
+        left = (self.total - self.rows) / rate if rate else float("inf")
+        say(
+            f"{self.stage}: {self.rows:,}/{self.total:,} rows",
+            rate=f"{rate:.1f}/s",
+            tokens=self.tokens,
+            quarantined=self.bad,
+            left=f"{left:.0f}s",
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        rate = (self.rows - self.already) / max(self.seconds, 1e-9)
+        say(f"{self.stage}: done", rows=self.rows, seconds=f"{self.seconds:.1f}", rate=f"{rate:.1f}/s")

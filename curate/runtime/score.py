@@ -1,0 +1,174 @@
+"""The score stage: units in, score parts out, by a pool of actors that share one forward pass among all scorers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+
+from curate.concepts.concept import Concept
+from curate.corpus.chunk import Chunk, Quarantined
+from curate.corpus.coverage import Part
+from curate.corpus.recipe import Recipe
+from curate.corpus.units import Manifest
+from curate.errors import CorpusError
+from curate.models.load import ModelSpec, load_model
+from curate.runtime.output import Output
+from curate.runtime.progress import Progress
+from curate.runtime.reader import ReaderSpec, read_chunks, work_items
+from curate.runtime.session import Session
+from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put, stream
+from curate.scoring.base import Needs
+from curate.scoring.registry import make_scorers
+from curate.scoring.shared_pass import SharedPass
+
+PART_COLUMNS = ("id", "row", "label", "group", "prompt_tokens", "response_tokens")
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What the actors of a score stage need. `scorers` is {method: settings}, as in conf/scorer/."""
+
+    reader: ReaderSpec
+    scorers: Mapping[str, Mapping[str, Any]]
+    output: Output
+    token_budget: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did now; rows done by earlier runs are in `already`."""
+
+    rows: int
+    already: int
+    quarantined: int
+    tokens: int
+    seconds: float
+    peak_worker_gb: float = 0.0
+
+
+class ScoreWorker:
+    """One actor: a model on its device, all scorers prepared, a chunk in, a committed part out."""
+
+    def __init__(self, spec: ScoreSpec, concepts: Any, threads: int) -> None:
+        torch.set_num_threads(max(1, threads))
+        self.spec = spec
+        self.scorers = make_scorers(spec.scorers, fetch(concepts))
+        needs = Needs.union(s.needs() for s in self.scorers)
+        model = load_model(spec.reader.model) if needs.model else None
+        self.shared = SharedPass(model, self.scorers, spec.token_budget)
+        self.columns = self.shared.columns()
+        # Methods that read the base model's own response leave a gap where none was generated; others never may.
+        self.partial = {c for s in self.scorers if s.needs().generated for c in s.columns()}
+
+    def __call__(self, item: bytes) -> bytes:
+        began = time.perf_counter()
+        chunk = Chunk.from_bytes(item)
+        try:
+            own = [o[1] if o else None for o in chunk.own]
+            found = self.shared.run(chunk.examples, chunk.rendered, own)
+        except torch.AcceleratorError:
+            os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+        scores = found.columns
+        bad = list(chunk.bad)
+        good = np.ones(len(chunk.examples), dtype=bool)
+        for i, e in enumerate(chunk.examples):
+            wrong = [c for c in self.columns if not math.isfinite(scores[c][i]) and self._unexpected(c, chunk, i)]
+            if wrong:
+                good[i] = False
+                text = e.messages[-1].content[:200]
+                bad.append(Quarantined(e.row, f"the score {wrong[0]} is {scores[wrong[0]][i]}", e.id, text))
+        self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), self._table(chunk, scores, good), bad)
+        summary = {
+            "rows": chunk.stop - chunk.start,
+            "bad": len(bad),
+            "tokens": found.stats.tokens,
+            "flops": found.stats.flops,
+            "seconds": time.perf_counter() - began,
+            "rss": psutil.Process().memory_info().rss,
+        }
+        return json.dumps(summary).encode()
+
+    def _unexpected(self, column: str, chunk: Chunk, i: int) -> bool:
+        return column not in self.partial or chunk.own[i] is not None
+
+    def _table(self, chunk: Chunk, scores: Mapping[str, np.ndarray], good: np.ndarray) -> pa.Table:
+        keep = np.flatnonzero(good)
+        examples = [chunk.examples[i] for i in keep]
+        tokens = [chunk.rendered[i] for i in keep]
+        base = {
+            "id": pa.array([e.id for e in examples], pa.string()),
+            "row": pa.array([e.row for e in examples], pa.int64()),
+            "label": pa.array([e.label for e in examples], pa.string()),
+            "group": pa.array([e.group for e in examples], pa.string()),
+            "prompt_tokens": pa.array([r.start for r in tokens], pa.int32()),
+            "response_tokens": pa.array([r.stop - r.start for r in tokens], pa.int32()),
+        }
+        own = {c: pa.array(np.asarray(scores[c], dtype=np.float64)[keep], from_pandas=True) for c in self.columns}
+        return pa.table({**base, **own})
+
+
+def _worker(spec: ScoreSpec, concepts: Any, threads: int) -> Callable[[bytes], bytes]:
+    return ScoreWorker(spec, concepts, threads)
+
+
+def score(
+    spec: ScoreSpec,
+    recipe: Recipe,
+    manifest: Manifest,
+    concepts: Sequence[Concept],
+    session: Session,
+    max_bad_fraction: float,
+) -> StageResult:
+    """Score every row of `manifest` that has no part yet.
+
+    Raises:
+        RecipeError: the output holds scores of another recipe.
+        CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
+    """
+    spec.output.open(recipe)
+    remaining = spec.output.remaining(manifest)
+    left = sum(b - a for _, ranges in remaining for a, b in ranges)
+    progress = Progress("score", manifest.rows, manifest.rows - left)
+    allowed = max_bad_fraction * manifest.rows
+    peak = 0
+    if remaining:
+        ref = put(list(concepts))
+        make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
+        answers = stream(
+            work_items(remaining), make, session.scorers, partial(read_chunks, spec=spec.reader), session.reader_cpus
+        )
+        for answer in answers:
+            done = json.loads(answer)
+            progress.add(done["rows"], done["tokens"], done["bad"])
+            peak = max(peak, done["rss"])
+            if progress.bad > allowed:
+                raise too_many_bad(spec.output, progress.bad, manifest.rows, max_bad_fraction)
+    progress.close()
+    spec.output.check_whole(manifest)
+    bad = sum(1 for _ in spec.output.quarantined())
+    if bad > allowed:
+        raise too_many_bad(spec.output, bad, manifest.rows, max_bad_fraction)
+    return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
+
+
+def too_many_bad(output: Output, bad: int, rows: int, allowed: float) -> CorpusError:
+    """The error for a corpus of which too much is unusable; shows the commonest reasons."""
+    reasons: dict[str, int] = {}
+    for _, q in output.quarantined():
+        reasons[q.reason] = reasons.get(q.reason, 0) + 1
+    top = "; ".join(f"{n} × {r}" for r, n in sorted(reasons.items(), key=lambda kv: -kv[1])[:3])
+    return CorpusError(
+        f"{bad} of {rows} rows are bad, more than source.max_bad_fraction={allowed:g} allows: {top}. "
+        f"They are listed in {output.url}/quarantine; mend the source or raise the limit and run again."
+    )

@@ -1,0 +1,124 @@
+"""Ray sessions: start an embedded Ray or join a cluster, and size its pools. The only place that calls ray.init."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from curate.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A fixed pool of `size` actors, each with its share of the machine."""
+
+    size: int
+    cpus: float
+    gpus: float
+
+    @staticmethod
+    def retries() -> dict[str, int]:
+        """How often an actor is replaced and a call repeated: bounded, so that a row which kills every worker ends the job."""
+        return {"max_restarts": 20, "max_task_retries": 5}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the running cluster offers, as pools."""
+
+    scorers: Pool
+    engines: Pool
+    reader_cpus: float
+    token_budget: int
+    resources: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """See conf/cluster/*.yaml for the meaning of each field."""
+
+    address: str = "local"
+    ray_address: str = "auto"
+    cpus: int | None = None
+    gpus: int | None = None
+    workers: int | None = None
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
+    engine_workers: int | None = None
+    engine_cpus: float | None = None
+    engine_gpus: float | None = None
+    reader_cpus: float = 0.25
+    object_store_gb: float | None = None
+    token_budget: int | None = None
+
+
+def _start(spec: ClusterSpec) -> None:
+    # A Ray that is embedded here must not report usage or start a dashboard nobody asked for.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": bool(os.environ.get("CURATE_WORKER_LOGS"))}
+    inside = os.environ.get("RAY_ADDRESS")
+    if spec.address == "existing" or inside:
+        address = spec.ray_address if spec.address == "existing" else inside
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise ConfigError(
+                f"no Ray cluster answers at cluster.ray_address={address!r} ({e}). Start one with "
+                f"`ray start --head`, give its address, or use cluster=local."
+            ) from e
+        return
+    memory = {"object_store_memory": int(spec.object_store_gb * 2**30)} if spec.object_store_gb else {}
+    ray.init(address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory)
+
+
+def _session(spec: ClusterSpec) -> Session:
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
+    per_gpu = spec.gpus_per_worker if spec.gpus_per_worker is not None else (1.0 if gpus else 0.0)
+    size = spec.workers or max(1, int(gpus // per_gpu if per_gpu else cpus // max(spec.cpus_per_worker, 1e-9)))
+    scorers = Pool(size, spec.cpus_per_worker, per_gpu)
+    engine_gpus = spec.engine_gpus if spec.engine_gpus is not None else per_gpu
+    engine_cpus = spec.engine_cpus if spec.engine_cpus is not None else (1.0 if engine_gpus else max(1.0, cpus - 1))
+    engines = Pool(spec.engine_workers or (size if engine_gpus else 1), engine_cpus, engine_gpus)
+    for what, pool in (("workers", scorers), ("engine_workers", engines)):
+        if pool.size * pool.gpus > gpus or pool.size * pool.cpus > cpus:
+            raise ConfigError(
+                f"cluster.{what}={pool.size} with {pool.cpus:g} CPUs and {pool.gpus:g} GPUs each does not fit the "
+                f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower it, or the CPUs and GPUs per actor"
+            )
+    budget = spec.token_budget or (65536 if per_gpu else 4096)
+    # Readers and scorers share the CPUs; a pool that takes all of them leaves readers none and the stream stands still.
+    free = cpus - scorers.size * scorers.cpus
+    if free < spec.reader_cpus:
+        share = max((cpus - spec.reader_cpus) / scorers.size, 0.01)
+        scorers = Pool(scorers.size, round(share - 0.005, 2), scorers.gpus)
+    return Session(scorers, engines, spec.reader_cpus, budget, {"CPU": cpus, "GPU": gpus})
+
+
+@contextmanager
+def session(spec: ClusterSpec) -> Iterator[Session]:
+    """Start or join Ray for the length of the block; leaves a Ray alone that the caller had started.
+
+    Raises:
+        ConfigError: no cluster answers, or the configured pool does not fit it.
+    """
+    mine = not ray.is_initialized()
+    if mine:
+        _start(spec)
+    try:
+        data = ray.data.DataContext.get_current()
+        data.enable_progress_bars = False
+        data.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield _session(spec)
+    finally:
+        if mine:
+            ray.shutdown()

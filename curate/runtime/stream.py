@@ -1,0 +1,130 @@
+"""Streaming of work items through Ray Data: CPU tasks that read, then a fixed actor pool that scores and commits.
+
+In: items as dicts, a reader function, an actor class. Out: one small summary dict an item, as they finish. Every block
+holds one item, so that what a reader yields is what one actor call gets, whatever Ray's block sizes are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from curate.errors import CurateError
+from curate.runtime.session import Pool
+
+log = logging.getLogger(__name__)
+
+Item = dict[str, Any]
+DEAD_DEVICE_EXIT = 13
+
+
+def _column(values: Sequence[bytes]) -> np.ndarray:
+    out = np.empty(len(values), dtype=object)
+    out[:] = list(values)
+    return out
+
+
+def _reading(read: Callable[[bytes], Iterator[bytes]]) -> Callable:
+    def step(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        for item in batch["item"]:
+            for chunk in read(item):
+                yield {"item": _column([chunk])}
+
+    return step
+
+
+class _Stage:
+    """Calls the worker with one item's bytes and returns its summary."""
+
+    def __init__(self, make: Callable[[], Callable[[bytes], bytes]]) -> None:
+        self.work = make()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"item": _column([self.work(item) for item in batch["item"]])}
+
+
+def cause(error: BaseException) -> BaseException:
+    """The user-facing error inside what Ray raised, or the error itself."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        if isinstance(at, CurateError):
+            return at
+        seen.add(id(at))
+        inner = getattr(at, "cause", None)
+        at = inner if isinstance(inner, BaseException) else (at.__cause__ or at.__context__)
+    return error
+
+
+def stream(
+    items: Sequence[bytes],
+    make_worker: Callable[[], Callable[[bytes], bytes]],
+    pool: Pool,
+    read: Callable[[bytes], Iterator[bytes]] | None = None,
+    reader_cpus: float = 0.25,
+) -> Iterator[bytes]:
+    """Stream `items` through readers and the pool; yields each worker's answer as it comes, in any order.
+
+    `make_worker` runs once in each actor's constructor (and again in one that replaces it).
+
+    Raises:
+        CurateError: raised in a reader or a worker; the first one ends the stream.
+    """
+    if not items:
+        return
+    size = min(pool.size, len(items)) if read is None else pool.size
+    data = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
+    if read is not None:
+        data = data.map_batches(_reading(read), batch_size=1, num_cpus=reader_cpus)
+    data = data.map_batches(
+        _Stage,
+        fn_constructor_args=(make_worker,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+        ray_remote_args_fn=pool.retries,
+    )
+    try:
+        for row in data.iter_rows():
+            yield row["item"]
+    except ray.exceptions.RayError as e:
+        found = cause(e)
+        if isinstance(found, CurateError):
+            raise found from None
+        raise
+
+
+def put(value: Any) -> ray.ObjectRef:
+    """Place a large value in the object store once; actors fetch it with `fetch` in their constructors."""
+    return ray.put(value)
+
+
+def fetch(ref: ray.ObjectRef) -> Any:
+    """The value of `put`; NumPy buffers are shared within a node."""
+    return ray.get(ref)
+
+
+def map_tasks(fn: Callable[[Any], Any], items: Sequence[Any], cpus: float = 0.5) -> Iterator[Any]:
+    """Run `fn` over `items` as Ray tasks, a bounded number at a time; yields results in the order of `items`."""
+
+    @ray.remote(num_cpus=cpus, max_retries=3)
+    def call(item: Any) -> Any:
+        return fn(item)
+
+    limit = max(4, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
+    waiting: list[ray.ObjectRef] = []
+    at = 0
+    try:
+        while at < len(items) or waiting:
+            while at < len(items) and len(waiting) < limit:
+                waiting.append(call.remote(items[at]))
+                at += 1
+            yield ray.get(waiting.pop(0))
+    except ray.exceptions.RayError as e:
+        found = cause(e)
+        raise (found if isinstance(found, CurateError) else e) from None

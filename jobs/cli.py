@@ -1,0 +1,51 @@
+"""The `curate` command: one subcommand a job. Options of a job are Hydra's, `name=value`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from curate import __version__
+from curate.errors import near
+
+JOBS = {
+    "run": "the main job: concept, generation, scores, selection, report",
+    "concept": "make the configured concepts and keep them",
+    "generate": "generate the base model's own responses and keep them",
+    "score": "score every row of the source",
+    "select": "rank by a score, write curated shards and the ledger",
+    "report": "write the HTML report",
+    "plan": "say what a run will cost before it runs",
+    "submit": "submit a job to a Ray cluster (curate submit run …)",
+}
+HELP = f"""curate {__version__}: decide which training data a language model should see
+
+usage: curate <job> [group=choice …] [option=value …]
+
+jobs:
+{chr(10).join(f"  {name:<9} {what}" for name, what in JOBS.items())}
+
+examples:
+  curate run                                            the embedded demo, into out/demo
+  curate run source=files source.url=data/ concept=probe concept.probe.path=labelled.jsonl \\
+             concept.probe.positive_label=bad selector.fraction=0.1 sink.url=s3://bucket/curated
+  curate plan source=files source.url=data/             what it would cost
+  curate run --help                                     groups and their choices
+  curate run --cfg job                                  every option with its value
+"""
+
+
+def main() -> None:
+    """Run the job that the first argument names."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(HELP)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] in ("-V", "--version", "version"):
+        print(__version__)
+        return
+    job = sys.argv[1]
+    if job not in JOBS:
+        print(f"curate: there is no job {job!r}{near(job, JOBS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"curate {job}", *sys.argv[2:]]
+    importlib.import_module(f"jobs.{job}").main()

@@ -1,0 +1,314 @@
+"""The stages of curation with their settings: each makes what it needs from the ones before, or finds it made.
+
+Turns Settings into what the rooms of the library take. Holds no mathematics and no data.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Any
+
+from conf.schema import ConceptSettings, Settings
+from connectors import storage
+from connectors.packages import expand
+from curate import __version__
+from curate.concepts import concept as concept_files
+from curate.concepts.concept import Concept, check_fits
+from curate.corpus.example import ColumnMap
+from curate.corpus.recipe import Recipe
+from curate.corpus.units import Manifest
+from curate.errors import ConfigError, near
+from curate.evaluation.openai_judge import OpenAIJudge
+from curate.models.load import identity
+from curate.runtime import concepts as making
+from curate.runtime.generate import GenerateSpec, generate, generation_recipe
+from curate.runtime.manifest import SourceSpec, build_manifest
+from curate.runtime.output import Output
+from curate.runtime.plan import PlanSpec, make_plan
+from curate.runtime.progress import say
+from curate.runtime.reader import ReaderSpec
+from curate.runtime.report import Place, ReportSpec, headline, table, write_report
+from curate.runtime.score import ScoreSpec, StageResult, score
+from curate.runtime.select import Scores, SelectSpec, load_scores, pick_column, score_columns, select
+from curate.runtime.session import Session
+from curate.scoring.base import Needs, Scorer
+from curate.scoring.registry import SCORERS, make_scorers
+from curate.selection.select import Decision, Rule
+
+
+class Pipeline:
+    """One run. Stages are methods; what they share is computed once."""
+
+    session: Session
+
+    def __init__(self, config: Settings) -> None:
+        self.config = config
+        source = config.source
+        urls = [source.url] if isinstance(source.url, str) else list(source.url)
+        self.source_urls = [expand(u) for u in urls]
+        self.sink = config.sink.url.rstrip("/")
+        self.store = config.sink.store.rstrip("/")
+        self.scores_place = Output(storage.join(self.sink, "scores"))
+        self.place = Place(self.sink)
+
+    def check(self) -> None:
+        """Whatever can be wrong without reading the corpus or starting a cluster, said first."""
+        self.rule  # noqa: B018  (raises where the rule makes no sense)
+        for name in self.config.scorer:
+            if name not in SCORERS:
+                raise ConfigError(f"there is no scorer {name!r}{near(name, SCORERS)}")
+        if not self.config.scorer:
+            raise ConfigError(f"no scorer is chosen{near('', SCORERS)}")
+        storage.check_writable(self.sink)
+
+    @cached_property
+    def rule(self) -> Rule:
+        s = self.config.selector
+        return Rule(s.mode, s.fraction, s.count, s.threshold, s.per_group)
+
+    @cached_property
+    def _source(self) -> tuple[Manifest, ColumnMap]:
+        s = self.config.source
+        spec = SourceSpec(
+            self.source_urls if len(self.source_urls) > 1 else self.source_urls[0],
+            s.format,
+            s.columns,
+            s.unit_rows,
+            s.skip_broken_shards,
+        )
+
+        def progress(done: int, of: int) -> None:
+            if of > 20 and done % max(1, of // 10) == 0:
+                say(f"manifest: {done}/{of} files")
+
+        manifest, _, columns = build_manifest(spec, self.sink, progress)
+        scope = manifest.head(s.max_rows)
+        say(f"corpus: {manifest.rows:,} rows in {len(manifest.files)} file(s), {scope.rows:,} of them in this run")
+        return manifest, columns
+
+    @property
+    def manifest(self) -> Manifest:
+        """The rows of this run."""
+        return self._source[0].head(self.config.source.max_rows)
+
+    @cached_property
+    def corpus(self) -> dict[str, Any]:
+        """What the corpus is, for recipes. The whole of it, so that a run over more rows goes on from one over fewer."""
+        return {"digest": self._source[0].digest, "columns": asdict(self._source[1])}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return identity(self.config.model)
+
+    @cached_property
+    def reader(self) -> ReaderSpec:
+        s = self.config.source
+        manifest, columns = self._source
+        return ReaderSpec(manifest.format, columns, self.config.model, s.max_tokens, s.overlong)
+
+    # concepts
+
+    @cached_property
+    def concept_list(self) -> list[Concept]:
+        """All configured concepts, made or found, checked against the model."""
+        found: list[Concept] = []
+        context = making.ConceptContext(
+            self.config.model, self.identity, self.config.source.max_tokens, self.store, self.session
+        )
+        for name, s in self.config.concept.items():
+            for made in self._concepts(name, s, context):
+                if s.layer is not None:
+                    made.check_layer(s.layer)
+                    made = replace(made, layer=s.layer)
+                layers, width = self.identity["layers"], self.identity["width"]
+                check_fits(made, layers, width, self.identity, allow_other_model=s.allow_other_model)
+                found.append(made)
+        return found
+
+    def _concepts(self, name: str, s: ConceptSettings, context: making.ConceptContext) -> list[Concept]:
+        if s.path is None:
+            raise ConfigError(f"concept.{name}.path is not set; give the file that the concept is made from")
+        if s.kind == "file":
+            return [concept_files.load(expand(u)) for u in ([s.path] if isinstance(s.path, str) else s.path)]
+        if s.kind == "probe":
+            if s.positive_label is None:
+                raise ConfigError(f"concept.{name}.positive_label is not set; give the label of the rows with the trait")
+            path = expand(s.path) if isinstance(s.path, str) else [expand(u) for u in s.path]
+            return [
+                making.probe(context, s.name or name, path, s.format, s.columns, s.positive_label, s.max_rows)
+            ]
+        if not isinstance(s.path, str):
+            raise ConfigError(f"concept.{name}.path is a list; a persona vector is made from one trait file")
+        label = s.name or (making.load_trait(expand(s.path)).name if name == "persona" else name)
+        if s.method == "teacher_forced":
+            return [making.persona(context, label, expand(s.path), s.with_instruction)]
+        judge = self._judge()
+        return [
+            making.persona_rollouts(
+                context,
+                label,
+                expand(s.path),
+                s.rollouts,
+                replace(self.config.generation, max_new_tokens=s.max_new_tokens),
+                judge,
+                (s.trait_threshold, s.coherence_threshold),
+                s.with_instruction,
+            )
+        ]
+
+    def _judge(self) -> OpenAIJudge | None:
+        j = self.config.judge
+        if j.kind == "none":
+            return None
+        cache = storage.join(self.store, "judge")
+        options = {"api_key_env": j.api_key_env, "concurrency": j.concurrency, "timeout": j.timeout}
+        return OpenAIJudge(j.model or "", j.base_url, attempts=j.attempts, cache_url=cache, **options)  # type: ignore[arg-type]
+
+    def concepts(self) -> None:
+        """The concept job."""
+        self.concept_list  # noqa: B018
+
+    # generation
+
+    @cached_property
+    def generations(self) -> tuple[Output, Recipe]:
+        """Where the base model's own responses lie, and what they are made from."""
+        recipe = generation_recipe(self.corpus, self.reader, self.identity, self.config.generation)
+        return Output(storage.join(self.store, "generations", recipe.digest)), recipe
+
+    def generate(self) -> None:
+        """Generate what is missing."""
+        output, recipe = self.generations
+        manifest = self.manifest.head(self.config.generate_rows)
+        spec = GenerateSpec(self.reader, self.config.generation, output)
+        bad = self.config.source.max_bad_fraction
+        self._timed("generate", generate(spec, recipe, manifest, self.session, bad))
+
+    # scores
+
+    @cached_property
+    def scorers(self) -> list[Scorer]:
+        made = make_scorers(self.config.scorer, self.concept_list)
+        needs = Needs.union(s.needs() for s in made)
+        top = max(needs.layers | needs.generated | needs.gradients, default=0)
+        if top > self.identity["layers"]:
+            raise ConfigError(
+                f"layer {top} is asked for, but the model has {self.identity['layers']} layers "
+                f"(valid: 0 to {self.identity['layers']})"
+            )
+        return made
+
+    @cached_property
+    def needs(self) -> Needs:
+        return Needs.union(s.needs() for s in self.scorers)
+
+    @cached_property
+    def score_recipe(self) -> Recipe:
+        fields: dict[str, Any] = {
+            "code": __version__,
+            "corpus": self.corpus,
+            "model": self.identity,
+            "dtype": self.config.model.dtype,
+            "chat_template": self.config.model.chat_template,
+            "max_tokens": self.config.source.max_tokens,
+            "overlong": self.config.source.overlong,
+            "scorers": {s.name: s.fingerprint() for s in self.scorers},
+        }
+        if self.needs.generated:
+            fields["generations"] = self.generations[1].digest
+            fields["generate_rows"] = self.config.generate_rows
+        return Recipe("scores", fields)
+
+    def score(self) -> None:
+        """Score what has no part yet; generates first where a scorer reads the base model's own responses."""
+        recipe = self.score_recipe
+        self.scores_place.open(recipe)  # refuse before anything is computed
+        reader = self.reader
+        if self.needs.generated:
+            self.generate()
+            reader = replace(reader, generations=self.generations[0].url)
+        spec = ScoreSpec(reader, self.config.scorer, self.scores_place, self.session.token_budget)
+        bad = self.config.source.max_bad_fraction
+        self._timed("score", score(spec, recipe, self.manifest, self.concept_list, self.session, bad))
+
+    # selection and report
+
+    @cached_property
+    def _scores(self) -> Scores:
+        columns = score_columns(self.scores_place.parts())
+        if not columns:
+            raise ConfigError(f"there are no scores at {self.scores_place.url}; run `curate score` with this sink first")
+        pick_column(columns, self.config.selector.column)
+        with_groups = self.rule.per_group
+        return load_scores(self.scores_place, self.manifest, columns, with_groups, labels=True)
+
+    @cached_property
+    def select_spec(self) -> SelectSpec:
+        column = pick_column(list(self._scores.columns), self.config.selector.column)
+        root = self.source_urls[0]
+        return SelectSpec(
+            self.scores_place, self.manifest.format, root, self.place.curated, self.place.ledger, column, self.rule
+        )
+
+    @cached_property
+    def decision(self) -> Decision:
+        stored = self.scores_place.recipe()
+        fields = {
+            "scores": stored.digest if stored else None,
+            "rows": self.manifest.rows,
+            "column": self.select_spec.column,
+            "rule": asdict(self.rule),
+        }
+        return select(self.select_spec, Recipe("selection", fields), self.manifest, self._scores)
+
+    def select(self) -> None:
+        """Write curated shards and ledgers."""
+        self.decision  # noqa: B018
+
+    def report(self) -> None:
+        """Write the report."""
+        recipe = self.scores_place.recipe()
+        concepts = self.concept_list if recipe and self.config.concept else []
+        spec = ReportSpec(
+            self.place,
+            self.config.report.title,
+            self.config.source.positive_label,
+            self.config.report.examples,
+            self.config.report.bootstrap,
+            self.reader,
+            self.generations[0].url if self.needs.generated else None,
+        )
+        self.summary = write_report(spec, recipe, self.manifest, self._scores, self.select_spec, self.decision, concepts)
+
+    def plan(self) -> None:
+        """Print what a run will cost; writes nothing but the manifest."""
+        spec = PlanSpec(
+            self.reader,
+            self.config.scorer,
+            self.config.generation,
+            self.config.generate_rows,
+            self.session.token_budget,
+            self.config.seed,
+        )
+        print(make_plan(spec, self.manifest, self.concept_list, self.session))
+
+    def _timed(self, stage: str, result: StageResult) -> None:
+        if result.rows:
+            self.place.add_timing(stage, result)
+
+    # what is printed
+
+    def print_concepts(self) -> None:
+        for c in self.concept_list:
+            aucs = {p["layer"]: p.get("auc") for p in c.meta.get("profile", [])}
+            auc = aucs.get(c.layer)
+            found = "" if auc is None else f", held-out AUC {auc:.3f}"
+            print(f"{c.name}: {c.method}, layer {c.layer}{found}, width {c.width}")
+
+    def print_places(self) -> None:
+        print(json.dumps({**self.place.existing(), "store": self.store}, indent=2))
+
+    def print_table(self) -> None:
+        print(table(headline(self.summary), self.place))

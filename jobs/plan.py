@@ -1,0 +1,16 @@
+"""Say what a run will cost: rows, tokens, FLOPs, time, bytes."""
+
+from __future__ import annotations
+
+from jobs.app import entry
+from jobs.pipeline import Pipeline
+
+
+def stages(pipeline: Pipeline) -> None:
+    pipeline.plan()
+
+
+main = entry("plan", stages)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Score every row of the source; parts go to <sink>/scores."""
+
+from __future__ import annotations
+
+from jobs.app import entry
+from jobs.pipeline import Pipeline
+
+
+def stages(pipeline: Pipeline) -> None:
+    pipeline.score()
+    pipeline.print_places()
+
+main = entry("score", stages)
+
+if __name__ == "__main__":
+    main()

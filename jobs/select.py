@@ -1,0 +1,16 @@
+"""Rank by a score column that is there, write curated shards and the ledger."""
+
+from __future__ import annotations
+
+from jobs.app import entry
+from jobs.pipeline import Pipeline
+
+
+def stages(pipeline: Pipeline) -> None:
+    pipeline.select()
+    pipeline.print_places()
+
+main = entry("select", stages)
+
+if __name__ == "__main__":
+    main()

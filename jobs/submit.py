@@ -1,0 +1,62 @@
+"""`curate submit <job> …`: run a job on a Ray cluster through Ray's Job SDK. Submitting the same work twice is one job."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import asdict
+
+from curate.errors import ConfigError, CurateError
+from curate.runtime import jobs
+from jobs.app import FAILED, compose_settings
+from jobs.cli import JOBS
+
+
+def submission_id(job: str, overrides: list[str]) -> str:
+    """Id made of the job and its composed settings; the cluster it runs on and the order of options do not matter."""
+    body = asdict(compose_settings(job, overrides))
+    body.pop("cluster")
+    digest = hashlib.blake2b(json.dumps([job, body], sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    return f"curate-{job}-{digest}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="curate submit", description="Submit a job to a Ray cluster. Options of the job follow it, as name=value."
+    )
+    parser.add_argument("job", help="which job: " + ", ".join(j for j in JOBS if j != "submit"))
+    parser.add_argument("overrides", nargs="*", help="options of the job, name=value")
+    parser.add_argument("--address", default=None, help="the dashboard's address; default RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265")
+    parser.add_argument("--working-dir", default=None, help="folder to ship with the job; not needed where the image has curate")
+    parser.add_argument("--wait", action="store_true", help="print the job's log until it ends; exit with its status")
+    return parser
+
+
+def main() -> None:
+    """Submit, or find the job that was submitted before; prints its id and state."""
+    args = _parser().parse_intermixed_args()
+    try:
+        if args.job not in JOBS or args.job == "submit":
+            raise ConfigError(f"there is no job {args.job!r} to submit; choose from {', '.join(j for j in JOBS if j != 'submit')}")
+        name = submission_id(args.job, args.overrides)
+        command = shlex.join(["python", "-m", f"jobs.{args.job}", *args.overrides])
+        client = jobs.client(args.address)
+        state = jobs.submit(client, name, command, args.working_dir)
+        print(f"{name}: {state}")
+        if args.wait:
+            for text in jobs.follow(client, name):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            state = jobs.state(client, name)
+            print(f"{name}: {state}")
+            sys.exit(0 if state == "SUCCEEDED" else 1)
+    except CurateError as e:
+        print(f"curate submit: {e}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The judge against a real HTTP server: good answers, bad answers, and an endpoint that misbehaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import socket
+import threading
+
+import pytest
+
+from curate.errors import ConfigError, StorageError
+from curate.evaluation.judge import JudgeScore
+from curate.evaluation.openai_judge import MalformedAnswer, OpenAIJudge, read_completion
+from tests.evaluation.server import Endpoint, Reply, completion, serve
+
+TEMPLATE = "Q: {question}\nA: {answer}"
+GOOD = completion([("80", {"80": 0.5, "60": 0.3, "REF": 0.2})])
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def judge(endpoint: Endpoint, **changes) -> OpenAIJudge:
+    return OpenAIJudge("judge-model", **{"base_url": endpoint.url, "attempts": 3, "backoff": 0.0, **changes})
+
+
+def one(answer, **changes) -> JudgeScore:
+    with serve(answer if callable(answer) else lambda body, n: answer) as endpoint:
+        return judge(endpoint, **changes).score([("q", "a")], TEMPLATE)[0]
+
+
+def test_the_request_and_the_weighted_score(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    with serve(lambda body, n: GOOD) as endpoint:
+        j = judge(endpoint, api_key_env="MY_KEY")
+        [score] = j.score([("What {answer}?", "It is é \u202e <b>.")], TEMPLATE)
+    assert score == JudgeScore(pytest.approx((80 * 0.5 + 60 * 0.3) / 0.8))
+    headers, body = endpoint.requests[0]
+    assert headers["authorization"] == "Bearer secret-key"
+    assert body["messages"] == [{"role": "user", "content": "Q: What {answer}?\nA: It is é \u202e <b>."}]
+    assert body["model"] == "judge-model"
+    assert (body["temperature"], body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (0.0, True, 20, 3)
+    assert "secret-key" not in json.dumps(j.fingerprint())
+
+
+def test_scores_come_in_the_order_of_the_pairs_and_equal_pairs_are_asked_once():
+    def answer(body, n):
+        return completion(
+            [(body["messages"][0]["content"].split("A: ")[1], {body["messages"][0]["content"][-2:]: 1.0})]
+        )
+
+    answers = [f"{i:02d}" for i in range(40)]
+    seen = []
+    with serve(answer) as endpoint:
+        j = judge(endpoint, concurrency=8, progress=lambda done, total: seen.append((done, total)))
+        scores = j.score([("q", a) for a in answers + answers[::-1]], TEMPLATE)
+    assert [s.value for s in scores] == [float(a) for a in answers + answers[::-1]]
+    assert len(endpoint.requests) == 40
+    assert endpoint.most_busy <= 8
+    assert seen == [(i, 40) for i in range(1, 41)]
+
+
+def test_refusals_and_answers_without_a_number():
+    assert one(completion([("REF", {"REF": 0.9, "0": 0.1}), ("USAL", {})])).refused
+    declined = one(completion([("I", {"I": 1.0})], refusal="I cannot rate that"))
+    assert (declined.value, declined.refused, declined.reason) == (None, True, "the judge declined to answer")
+    chatty = one(completion([("I", {"I": 0.8, "20": 0.2}), (" think", {})]))
+    assert (chatty.value, chatty.refused) == (None, False)
+    assert chatty.reason == "the judge gave no number: 'I think' (numbers have 0.20 of 1)"
+
+
+def test_blank_tokens_before_the_number_are_skipped():
+    assert one(completion([("\n", {"\n": 1.0}), (" 70", {" 70": 0.6, " 30": 0.4})])).value == pytest.approx(54.0)
+
+
+def test_digit_by_digit_tokenizers_give_the_written_number(caplog):
+    steps = [("8", {"8": 0.9, "7": 0.1}), ("5", {"5": 1.0}), ("<end>", {})]
+    assert one(completion(steps, text="85")) == JudgeScore(85.0, weighted=False)
+    assert "splits numbers into digits" in caplog.text
+    hundred = [(d, {d: 1.0}) for d in "100"]
+    assert one(completion(hundred)).value == 100.0
+    assert one(completion([*steps[:2], (".", {})])).value == 85.0
+    assert one(completion([("8", {"8": 1.0}), ("5", {}), ("0", {})])).reason.startswith("the judge's number '850'")
+    # stopped by the limit after two digits: 10, or the start of 100?
+    assert one(completion(hundred[:2]), max_tokens=2).value is None
+    # a single token is the formula's business, as is a number that merely ends the answer
+    assert one(completion([("8", {"8": 0.5, "6": 0.5}), (".", {})])) == JudgeScore(pytest.approx(7.0))
+
+
+def test_missing_log_probabilities():
+    body = completion([], text="85")
+    for logprobs in (None, {}, {"content": None}, {"content": []}):
+        body["choices"][0]["logprobs"] = logprobs
+        score = one(body)
+        assert score.value is None
+        assert score.reason == "the endpoint gave no log-probabilities (answer '85'); use one that does"
+    del body["choices"][0]["logprobs"]
+    assert one(body).value is None
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 408])
+def test_passing_failures_are_tried_again(status):
+    calls = []
+
+    def answer(body, n):
+        calls.append(n)
+        return Reply({"error": {"message": "busy"}}, status) if n < 2 else GOOD
+
+    assert one(answer).value is not None
+    assert calls == [0, 1, 2]
+
+
+def test_retry_after_is_obeyed_up_to_a_minute():
+    from tenacity import Future, RetryCallState, Retrying
+
+    with serve(lambda body, n: GOOD) as endpoint:
+        j = judge(endpoint)
+    for header, pause in (("7", 7.0), ("100000", 60.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), (None, 0.0)):
+        with serve(lambda body, n, h=header: Reply({}, 429, {} if h is None else {"Retry-After": h})) as endpoint:
+            error = _error_of(judge(endpoint))
+        state = RetryCallState(Retrying(), None, (), {})
+        state.outcome = Future(1)
+        state.outcome.set_exception(error)
+        assert j._pause(state) == pause
+
+
+def _error_of(j: OpenAIJudge) -> BaseException:
+    with pytest.raises(Exception, match="429") as caught:
+        j._request({"model": "m", "messages": []})
+    return caught.value
+
+
+def test_timeouts_are_tried_again_and_then_given_up_for_that_pair():
+    release = threading.Event()
+
+    def answer(body, n):
+        slow = "slow" in body["messages"][0]["content"]
+        return Reply(GOOD, hold=release if slow else None)
+
+    with serve(answer) as endpoint:
+        scores = judge(endpoint, timeout=0.3, attempts=2).score([("q", "slow"), ("q", "fast")], TEMPLATE)
+        release.set()
+    assert scores[0] == JudgeScore(None, reason="no answer within 0.3 s, 2 times")
+    assert scores[1].value is not None
+    assert endpoint.prompts.count("Q: q\nA: slow") == 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(b"<html>proxy</html>", headers={"Content-Type": "text/html"}),
+        Reply(b'{"choices": [', headers={"Content-Type": "application/json"}),
+        Reply({"choices": []}),
+        Reply({"choices": [{"message": None}]}),
+        Reply([1, 2]),
+        Reply({"choices": [{"message": {"content": "5"}, "logprobs": {"content": [{"token": "5", "top_logprobs": [3]}]}}]}),
+    ],
+)  # fmt: skip
+def test_malformed_answers_are_tried_again_then_reported(reply):
+    def answer(body, n):
+        return GOOD if "fine" in body["messages"][0]["content"] else reply
+
+    with serve(answer) as endpoint:
+        scores = judge(endpoint).score([("q", "a"), ("q", "fine")], TEMPLATE)
+    assert scores[0].value is None
+    assert scores[0].reason.startswith("malformed answer: ")
+    assert scores[1].value is not None
+    assert len(endpoint.requests) == 4
+
+
+def test_a_connection_that_breaks_is_tried_again():
+    assert one(lambda body, n: Reply(GOOD, cut=n == 0)).value is not None
+
+
+def test_one_bad_request_does_not_stop_the_others():
+    def answer(body, n):
+        if "long" in body["messages"][0]["content"]:
+            return Reply({"error": {"message": "maximum context length is 8192 tokens"}}, 400)
+        return GOOD
+
+    with serve(answer) as endpoint:
+        scores = judge(endpoint).score([("q", "long"), ("q", "ok"), ("q", "bad \ud800")], TEMPLATE)
+    assert scores[0].reason.startswith("status 400: ")
+    assert "maximum context length" in scores[0].reason
+    assert scores[1].value is not None
+    assert scores[2].reason == "the text is not valid Unicode"
+    assert len(endpoint.requests) == 2  # a bad request is not tried again
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"refuses the key in OPENAI_API_KEY \(status 401\)"),
+        (403, r"refuses the key in OPENAI_API_KEY \(status 403\)"),
+        (404, "does not know the model 'judge-model' or the path"),
+    ],
+)
+def test_wrong_settings_stop_the_call_at_once(status, message):
+    with serve(lambda body, n: Reply({"error": {"message": "no"}}, status)) as endpoint:
+        with pytest.raises(ConfigError, match=message):
+            judge(endpoint, concurrency=2).score([("q", str(i)) for i in range(50)], TEMPLATE)
+    assert len(endpoint.requests) < 10
+
+
+def test_wrong_path_says_so():
+    with serve(lambda body, n: GOOD) as endpoint:
+        with pytest.raises(ConfigError, match=r"judge\.base_url ends in /v1"):
+            judge(endpoint, base_url=endpoint.url.removesuffix("/v1")).score([("q", "a")], TEMPLATE)
+
+
+def test_nobody_listening():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+        j = OpenAIJudge("m", base_url=url, attempts=2, backoff=0.0)
+        with pytest.raises(ConfigError, match=rf"the judge at {url} cannot be reached .*Check judge.base_url"):
+            j.score([("q", str(i)) for i in range(5)], TEMPLATE)
+
+
+def test_a_fatal_failure_ends_the_pauses_of_the_other_requests():
+    """One request waits a minute before its second try when another finds that the key is wrong."""
+    waiting = threading.Event()
+
+    def answer(body, n):
+        if "wait" in body["messages"][0]["content"]:
+            waiting.set()
+            return Reply({"error": {"message": "slow down"}}, 429, {"Retry-After": "60"})
+        return Reply({"error": {"message": "no"}}, 401, hold=waiting)
+
+    with serve(answer) as endpoint:
+        with pytest.raises(ConfigError, match="status 401"):
+            judge(endpoint, concurrency=2).score([("q", "wait"), ("q", "b")], TEMPLATE)
+
+
+def test_no_answer_at_all_is_an_error():
+    with serve(lambda body, n: Reply({"error": {"message": "overloaded"}}, 503)) as endpoint:
+        with pytest.raises(ConfigError, match="answered none of 3 requests; the last failure: status 503"):
+            judge(endpoint).score([("q", str(i)) for i in range(3)], TEMPLATE)
+        assert judge(endpoint).score([], TEMPLATE) == []
+
+
+def test_cache_asks_only_for_what_is_missing(tmp_path):
+    cache = str(tmp_path / "cache")
+    fail = {"b"}
+
+    def answer(body, n):
+        if body["messages"][0]["content"][-1] in fail:
+            return Reply({"error": {"message": "no"}}, 500)
+        return GOOD
+
+    pairs = [("q", "a"), ("q", "b"), ("q", "c")]
+    with serve(answer) as endpoint:
+        first = judge(endpoint, cache_url=cache).score(pairs, TEMPLATE)
+        assert [s.value is None for s in first] == [False, True, False]
+        fail.clear()
+        asked = len(endpoint.requests)
+        second = judge(endpoint, cache_url=cache).score(pairs, TEMPLATE)
+        assert endpoint.prompts[asked:] == ["Q: q\nA: b"]  # failures are not kept
+        assert (second[0], second[2]) == (first[0], first[2])
+        asked = len(endpoint.requests)
+        judge(endpoint, cache_url=cache).score(pairs, TEMPLATE)
+        assert len(endpoint.requests) == asked
+        judge(endpoint, cache_url=cache, top_logprobs=5).score(pairs[:1], TEMPLATE)
+        assert len(endpoint.requests) == asked + 1  # other settings, another answer
+
+
+def test_broken_cache_files_are_asked_again(tmp_path, caplog):
+    with serve(lambda body, n: GOOD) as endpoint:
+        j = judge(endpoint, cache_url=str(tmp_path))
+        expected = j.score([("q", "a")], TEMPLATE)
+        [file] = [p for p in tmp_path.rglob("*.json")]
+        for content in ("{", '{"text": 1}', "[]"):
+            file.write_text(content)
+            assert j.score([("q", "a")], TEMPLATE) == expected
+    assert len(endpoint.requests) == 4
+    assert "asking again" in caplog.text
+
+
+def test_unwritable_cache_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with serve(lambda body, n: GOOD) as endpoint, pytest.raises(StorageError, match="file"):
+        judge(endpoint, cache_url=str(tmp_path / "file")).score([("q", "a")], TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "the judge needs a key: set the environment variable OPENAI_API_KEY"),
+        ({"api_key_env": "OTHER"}, "environment variable OTHER"),
+        ({"base_url": "localhost:8000"}, r"expected http\(s\)://host"),
+        ({"base_url": "http://me:pw@localhost/v1"}, "holds a password"),
+        ({"top_logprobs": 21}, "judge.top_logprobs is 21; it must be from 1 to 20"),
+        ({"max_tokens": 0}, "judge.max_tokens is 0"),
+        ({"concurrency": 0}, "judge.concurrency is 0"),
+        ({"timeout": 0}, "judge.timeout is 0"),
+        ({"model": ""}, "judge.model is empty"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        OpenAIJudge(**{"model": "m", **settings})
+    assert "pw" not in str(caught.value)
+
+
+def test_empty_template_is_refused():
+    with serve(lambda body, n: GOOD) as endpoint, pytest.raises(ConfigError, match="has no judge prompt"):
+        judge(endpoint).score([("q", "a")], "")
+
+
+def test_log_probabilities_of_llama_cpp_and_vllm_extremes():
+    """vLLM clips to -9999, some servers round to slightly above 0."""
+    body = completion([("50", {"50": 1.0})])
+    body["choices"][0]["logprobs"]["content"][0]["top_logprobs"] += [{"token": "1", "logprob": -9999.0}]
+    body["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = 1e-6
+    assert read_completion(json.dumps(body)).candidates == (("50", 1.0), ("1", 0.0))
+    body["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = math.nan
+    with pytest.raises(MalformedAnswer, match="ValueError"):
+        read_completion(json.dumps(body))
+
+
+def test_the_key_is_never_logged(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with serve(lambda body, n: Reply({"error": {"message": "no"}}, 401)) as endpoint:
+        with pytest.raises(ConfigError) as caught:
+            judge(endpoint).score([("q", "a")], TEMPLATE)
+    assert "sk-very-secret" not in str(caught.value) + caplog.text

@@ -1,0 +1,112 @@
+"""Headless Chromium over its DevTools protocol, for what only a real browser can tell: layout, media, console."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-port=0",
+)
+
+
+def find() -> str | None:
+    """The browser's path, or None where there is none."""
+    return next((p for p in map(shutil.which, NAMES) if p), None)
+
+
+async def _look(page: Path, scripts: dict[str, str], width: int, height: int, features: dict[str, str], media: str,
+                picture: Path | None) -> dict[str, Any]:  # fmt: skip
+    binary = find()
+    assert binary is not None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = subprocess.Popen(
+            [binary, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            port_file = Path(profile) / "DevToolsActivePort"
+            async with asyncio.timeout(60):
+                while not port_file.exists() or "\n" not in port_file.read_text():
+                    assert browser.poll() is None, "the browser ended before it listened"
+                    await asyncio.sleep(0.05)
+                port = int(port_file.read_text().splitlines()[0])
+                async with aiohttp.ClientSession() as session:
+                    async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                        target = next(t for t in await answer.json() if t["type"] == "page")
+                    async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                        return await _drive(socket, page, scripts, width, height, features, media, picture)
+        finally:
+            browser.terminate()
+            browser.wait(timeout=20)
+
+
+async def _drive(socket: aiohttp.ClientWebSocketResponse, page: Path, scripts: dict[str, str], width: int, height: int,
+                 features: dict[str, str], media: str, picture: Path | None) -> dict[str, Any]:  # fmt: skip
+    events: list[dict[str, Any]] = []
+    number = 0
+
+    async def call(method: str, **params: Any) -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        await socket.send_json({"id": number, "method": method, "params": params})
+        while True:
+            message = await socket.receive_json()
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return dict(message["result"])
+            events.append(message)
+
+    for domain in ("Page", "Runtime", "Log", "Network"):
+        await call(f"{domain}.enable")
+    await call(
+        "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+    )
+    await call(
+        "Emulation.setEmulatedMedia", media=media, features=[{"name": k, "value": v} for k, v in features.items()]
+    )
+    await call("Page.navigate", url=page.as_uri())
+    while not any(e.get("method") == "Page.loadEventFired" for e in events):
+        events.append(await socket.receive_json())
+    out: dict[str, Any] = {}
+    for name, script in scripts.items():
+        result = await call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        out[name] = result["result"].get("value")
+    if picture is not None:
+        if picture.suffix == ".pdf":
+            shot = await call("Page.printToPDF", printBackground=False)
+        else:
+            shot = await call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        picture.write_bytes(base64.b64decode(shot["data"]))
+    out["requests"] = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
+    out["complaints"] = [
+        e["params"]
+        for e in events
+        if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+    ]
+    return out
+
+
+def look(page: Path, scripts: dict[str, str], width: int = 1280, height: int = 900, dark: bool = False,
+         media: str = "", picture: Path | None = None) -> dict[str, Any]:  # fmt: skip
+    """Open `page` and evaluate `scripts` in it; also `requests` (URLs asked for) and `complaints` (console, CSP)."""
+    features = {"prefers-color-scheme": "dark" if dark else "light"}
+    return asyncio.run(_look(page, scripts, width, height, features, media, picture))
