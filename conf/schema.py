@@ -28,6 +28,7 @@ class Source:
     format: str = "auto"
     columns: ColumnMap = field(default_factory=ColumnMap)
     max_rows: int | None = None
+    generate_rows: int | None = None
     unit_rows: int = 512
     max_tokens: int = 2048
     overlong: Literal["quarantine", "truncate"] = "quarantine"
@@ -117,7 +118,6 @@ class Settings:
     selector: Selector
     sink: Sink
     generation: GenerationSpec
-    generate_rows: int | None
     judge: Judge
     cluster: Cluster
     report: Report

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from conf.schema import ConceptSettings, Settings
 from connectors import storage
@@ -18,10 +18,12 @@ from curate.concepts import concept as concept_files
 from curate.concepts.concept import Concept, check_fits
 from curate.corpus.example import ColumnMap
 from curate.corpus.recipe import Recipe
+from curate.corpus.render import tokenizer_digest
 from curate.corpus.units import Manifest
 from curate.errors import ConfigError, near
 from curate.evaluation.openai_judge import OpenAIJudge
-from curate.models.load import identity
+from curate.models.engines import GenerationSpec
+from curate.models.load import ModelSpec, identity, load_tokenizer
 from curate.runtime import concepts as making
 from curate.runtime.generate import GenerateSpec, generate, generation_recipe
 from curate.runtime.manifest import SourceSpec, build_manifest
@@ -30,9 +32,10 @@ from curate.runtime.plan import PlanSpec, make_plan
 from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.report import Place, ReportSpec, headline, table, write_report
-from curate.runtime.score import ScoreSpec, StageResult, score
+from curate.runtime.score import ScoreSpec, score
 from curate.runtime.select import Scores, SelectSpec, load_scores, pick_column, score_columns, select
 from curate.runtime.session import Session
+from curate.runtime.stage import StageResult
 from curate.scoring.base import Needs, Scorer
 from curate.scoring.registry import SCORERS, make_scorers
 from curate.selection.select import Decision, Rule
@@ -99,6 +102,22 @@ class Pipeline:
         return {"digest": self._source[0].digest, "columns": asdict(self._source[1])}
 
     @cached_property
+    def model(self) -> ModelSpec:
+        """The model with its precision decided here, once: workers on unlike machines must not mix two."""
+        dtype = self.config.model.dtype
+        return replace(self.config.model, dtype=self._precision if dtype == "auto" else dtype)
+
+    @cached_property
+    def sampling(self) -> GenerationSpec:
+        """How responses are generated, its precision decided likewise."""
+        dtype = self.config.generation.dtype
+        return replace(self.config.generation, dtype=self._precision if dtype == "auto" else dtype)
+
+    @property
+    def _precision(self) -> Literal["bfloat16", "float32"]:
+        return "bfloat16" if self.session.scorers.gpus else "float32"
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         return identity(self.config.model)
 
@@ -106,7 +125,7 @@ class Pipeline:
     def reader(self) -> ReaderSpec:
         s = self.config.source
         manifest, columns = self._source
-        return ReaderSpec(manifest.format, columns, self.config.model, s.max_tokens, s.overlong)
+        return ReaderSpec(manifest.format, columns, self.model, s.max_tokens, s.overlong)
 
     # concepts
 
@@ -115,7 +134,7 @@ class Pipeline:
         """All configured concepts, made or found, checked against the model."""
         found: list[Concept] = []
         context = making.ConceptContext(
-            self.config.model, self.identity, self.config.source.max_tokens, self.store, self.session
+            self.model, self.identity, self.config.source.max_tokens, self.store, self.session
         )
         for name, s in self.config.concept.items():
             for made in self._concepts(name, s, context):
@@ -151,7 +170,7 @@ class Pipeline:
                 label,
                 expand(s.path),
                 s.rollouts,
-                replace(self.config.generation, max_new_tokens=s.max_new_tokens),
+                replace(self.sampling, max_new_tokens=s.max_new_tokens),
                 judge,
                 (s.trait_threshold, s.coherence_threshold),
                 s.with_instruction,
@@ -175,14 +194,14 @@ class Pipeline:
     @cached_property
     def generations(self) -> tuple[Output, Recipe]:
         """Where the base model's own responses lie, and what they are made from."""
-        recipe = generation_recipe(self.corpus, self.reader, self.identity, self.config.generation)
+        recipe = generation_recipe(self.corpus, self.reader, self.identity, self.sampling)
         return Output(storage.join(self.store, "generations", recipe.digest)), recipe
 
     def generate(self) -> None:
         """Generate what is missing."""
         output, recipe = self.generations
-        manifest = self.manifest.head(self.config.generate_rows)
-        spec = GenerateSpec(self.reader, self.config.generation, output)
+        manifest = self.manifest.head(self.config.source.generate_rows)
+        spec = GenerateSpec(self.reader, self.sampling, output)
         bad = self.config.source.max_bad_fraction
         self._timed("generate", generate(spec, recipe, manifest, self.session, bad))
 
@@ -210,15 +229,15 @@ class Pipeline:
             "code": __version__,
             "corpus": self.corpus,
             "model": self.identity,
-            "dtype": self.config.model.dtype,
-            "chat_template": self.config.model.chat_template,
+            "dtype": self.model.dtype,
+            "tokenizer": tokenizer_digest(load_tokenizer(self.model)),
             "max_tokens": self.config.source.max_tokens,
             "overlong": self.config.source.overlong,
             "scorers": {s.name: s.fingerprint() for s in self.scorers},
         }
         if self.needs.generated:
             fields["generations"] = self.generations[1].digest
-            fields["generate_rows"] = self.config.generate_rows
+            fields["generate_rows"] = self.config.source.generate_rows
         return Recipe("scores", fields)
 
     def score(self) -> None:
@@ -287,8 +306,8 @@ class Pipeline:
         spec = PlanSpec(
             self.reader,
             self.config.scorer,
-            self.config.generation,
-            self.config.generate_rows,
+            self.sampling,
+            self.config.source.generate_rows,
             self.session.token_budget,
             self.config.seed,
         )

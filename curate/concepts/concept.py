@@ -245,7 +245,7 @@ def _load_own(stem: str) -> Concept:
         stored = body["digest"]
     except (ValueError, TypeError, KeyError, safetensors.SafetensorError) as e:
         raise ConceptError(f"the concept file {stem}.json or .safetensors is broken: {type(e).__name__}: {e}") from e
-    if False:
+    if digest(concept) != stored:
         raise ConceptError(
             f"{stem}.json and {stem}.safetensors do not belong together: the digest is {digest(concept)}, the file "
             f"says {stored}. A save was cut off, or a file was edited; make the concept again."

@@ -17,9 +17,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from curate.corpus.example import Example, Message
@@ -29,7 +29,7 @@ from curate.errors import BadRow, ConfigError, ModelError
 _MARK = "\ue000curate\ue001"
 # Some templates write today's date into the system prompt; scores must not change with the day.
 _DATE = datetime(2024, 7, 26)
-_FIXED = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
+_FIXED: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(payload.encode(), digest_size=16).hexdigest()
 
 
+def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **_FIXED)
+    return cast(str, text)
+
+
 def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     if isinstance(a, str) and isinstance(b, str):
         return len(os.path.commonprefix([a, b]))
@@ -76,7 +81,7 @@ class Renderer:
         """
         Raises:
             ConfigError: `max_tokens` < 1, or an unknown `overlong`.
-            ModelError: the tokenizer has no chat template.
+            ModelError: the tokenizer has no chat template, or one that is not Jinja.
         """
         if max_tokens < 1:
             raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1")
@@ -87,6 +92,12 @@ class Renderer:
                 f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template (a base model?). "
                 f"Set model.chat_template to a Jinja template or to the path of a file that holds one."
             )
+        try:
+            _apply(tokenizer, [{"role": "user", "content": "x"}], True)
+        except TemplateSyntaxError as error:
+            raise ModelError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from error
+        except TemplateError:
+            pass  # it may refuse this conversation and take those of the corpus
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.overlong = overlong
@@ -166,10 +177,8 @@ class Renderer:
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **_FIXED
-            )
-        except TemplateError as error:
+            return _apply(self.tokenizer, turns, add_generation_prompt)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # a template is a program of its own
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
 
     def _span(self, example: Example, text: str) -> tuple[int, int]:

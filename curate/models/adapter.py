@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from curate.errors import ModelError
@@ -42,9 +45,14 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     refusal = f"the adapter {folder} (made for {made_for!r}) does not fit {type(model).__name__}"
     try:
         shapes = _shapes(folder)
-        _check_shapes(model, shapes, refusal)
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS} is broken: {error}") from error
+    _check_shapes(model, shapes, refusal)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except Exception as error:
         raise ModelError(f"{refusal}: {error}") from error
     left_out = set(get_peft_model_state_dict(adapted)) - set(shapes)
     if left_out:
@@ -63,7 +71,7 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, list[int]], refusal:
         if not match:
             continue
         try:
-            weight = model.get_submodule(match["module"]).weight
+            weight = cast(Tensor, model.get_submodule(match["module"]).weight)
         except AttributeError:
             raise ModelError(f"{refusal}: the model has no module {match['module']!r}") from None
         size = shape[1] if match["side"] == "A" else shape[0]

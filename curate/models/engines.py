@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ def to_generated(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], stops
     stopped = bool(token_ids) and token_ids[-1] in stops
     body = token_ids[:-1] if stopped else token_ids
     text = tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generated(text, token_ids, "stop" if stopped else "length")
+    return Generated(cast(str, text), token_ids, "stop" if stopped else "length")
 
 
 def vllm_serves(device: torch.device) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from curate.errors import ModelError
 from curate.models.cache import cached_folder
+from curate.models.complete import check_complete
 from curate.models.digest import file_digest
 
 log = logging.getLogger(__name__)
@@ -29,14 +31,20 @@ def dequantise(path: Path) -> Path:
 
     def build(target: Path) -> None:
         log.info("dequantising %s (%.0f MB), once", path.name, path.stat().st_size / 1e6)
-        where = {"gguf_file": path.name, "local_files_only": True}
+        where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, quantization_config=GgufConfig(dequantize=True), dtype="float32", **where
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype="float32",
+                output_loading_info=True,
+                **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError, ImportError) as error:
-            raise ModelError(f"the GGUF file {path} cannot be read: {error}") from error
+        except Exception as error:  # every kind, from a parser that meets a broken file
+            raise ModelError(f"the GGUF file {path} cannot be read (is it whole?): {error}") from error
+        model, info = loaded
+        check_complete(info, str(path))
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 

@@ -1,6 +1,7 @@
 """Load a causal LM, its adapter and its tokenizer from wherever they lie.
 
 In: a ModelSpec. Out: a frozen model in eval mode, a tokenizer, an identity for recipes. Knows no activations.
+Whatever the readers of broken files raise (every library its own kinds) becomes a ModelError with their words.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,12 +24,16 @@ from transformers import (
 from curate.errors import ConfigError, ModelError, near
 from curate.models import adapter as lora
 from curate.models.cache import cached_folder
+from curate.models.complete import check_complete
 from curate.models.digest import file_digest, folder_digest
 from curate.models.gguf import dequantise
 from curate.models.locate import locate
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+DTYPES: dict[Literal["float32", "bfloat16", "float16"], torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype is {dtype!r}{near(dtype, [*DTYPES, 'auto'])}")
-    return DTYPES[dtype]
+    found = next((known for name, known in DTYPES.items() if name == dtype), None)
+    if found is None:
+        raise ConfigError(f"dtype is {dtype!r}{near(dtype, [*DTYPES, 'auto'])}")
+    return found
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
     """torch.bfloat16 -> "bfloat16", for recipes: precision changes scores in the third digit."""
-    return str(dtype).removeprefix("torch.")
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def _source(spec: ModelSpec) -> Path:
@@ -133,7 +138,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     folder = resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except _LOAD_ERRORS as error:
+    except Exception as error:
         raise ModelError(f"the tokenizer of {spec.path!r} cannot be loaded: {error}") from error
     if spec.chat_template is not None:
         tokenizer.chat_template = _template(spec.chat_template)
@@ -178,19 +183,22 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             f"can run code. Load the model where you trust it and call save_pretrained."
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=spec.attention,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
-        if adapter is not None:
-            model = lora.merge(model, adapter)
-        model = model.to(device)
-    except _LOAD_ERRORS as error:
+    except Exception as error:
         raise ModelError(f"the model {spec.path!r} cannot be loaded: {error}") from error
+    model, info = loaded
+    check_complete(info, spec.path)
+    if adapter is not None:
+        model = lora.merge(model, adapter)
+    model.to(device)  # type: ignore[arg-type]  # the method's wrapper hides its signature
     return model.eval().requires_grad_(False)
 
 
@@ -219,7 +227,7 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     source, folder, adapter = _source(spec), resolve(spec), resolve_adapter(spec)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except _LOAD_ERRORS as error:
+    except Exception as error:
         raise ModelError(f"the config of {spec.path!r} cannot be read: {error}") from error
     text = config.get_text_config()
     kind = (config.architectures or [config.model_type])[0]

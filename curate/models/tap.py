@@ -8,7 +8,7 @@ their gradients for a loss. Does not know what the activations are for, nor whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +132,8 @@ class LayerTap:
                 raise _Reached
 
         with torch.no_grad(), self._hooks(self.layers, keep):
-            try:
+            with suppress(_Reached):
                 seen[self.n_layers] = self._decode(input_ids, attention_mask)
-            except _Reached:
-                pass
         return {layer: seen[layer] for layer in self.layers}
 
     def grad_forward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -49,8 +50,10 @@ def sample(
 
 def _draw(weights: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     total = weights.cumsum(-1)
-    at = torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)
-    return at.clamp(max=weights.shape[1] - 1)[:, 0]
+    # Strictly below the total, whatever the product rounds to: a token without weight is never drawn.
+    below = torch.nextafter(total[:, -1], torch.zeros_like(uniform, dtype=torch.float64))
+    target = torch.minimum(uniform.double() * total[:, -1], below)
+    return torch.searchsorted(total, target[:, None], right=True)[:, 0]
 
 
 class TransformersEngine(Engine):
@@ -64,7 +67,7 @@ class TransformersEngine(Engine):
             ModelError: the model cannot be loaded.
         """
         self._spec = generation
-        self._model = load_model(ModelSpec(**{**model.__dict__, "dtype": generation.dtype}))
+        self._model = load_model(replace(model, dtype=generation.dtype))
         self.row_reproducible = self._model.dtype == torch.float32
         self._tokenizer = load_tokenizer(model)
         config = self._model.config

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
@@ -67,6 +67,9 @@ class VllmEngine(Engine):
         _environment(device)
         import vllm
 
+        if device.type == "cpu":
+            # The variable came too late where torch was imported before; vLLM starts threads as torch counts them.
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._vllm = vllm
         self._spec = generation
         dtype = resolve_dtype(generation.dtype, device)
@@ -117,7 +120,7 @@ class VllmEngine(Engine):
             out[i] = to_generated(self._tokenizer, list(answer.outputs[0].token_ids), self._stops)
         return out
 
-    def _sampling(self, seed: int):  # noqa: ANN202 (vllm is imported late)
+    def _sampling(self, seed: int) -> Any:
         return self._vllm.SamplingParams(
             temperature=self._spec.temperature,
             top_p=self._spec.top_p,

@@ -28,7 +28,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    strings = (text.visible, text.breakable, text.plain)
+    strings = (text.visible, text.breakable, text.plain, text.short)
     numbers = (text.whole, text.percent, text.number, text.fixed, text.duration)
     for function in strings + numbers:
         environment.filters[function.__name__] = function

@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from markupsafe import Markup, escape
 
@@ -39,7 +40,8 @@ _JOINING: tuple[str, ...] = (
     "TAMIL",
 )
 _JOINING += ("TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "MYANMAR", "KHMER", "NKO")
-MAX_COMBINING = 4
+MAX_COMBINING = 4  # accents on one letter
+MAX_RUN = 4  # marks side by side
 MAX_MARKS = 300
 
 
@@ -90,33 +92,33 @@ def _joins(text: str, i: int) -> bool:
 def visible(text: object) -> Markup:
     """`text` as HTML: escaped, with hidden characters as marked codes, e.g. U+202E for the right-to-left override.
 
-    After MAX_MARKS marks the rest of a text that is little else is given as one count.
+    Of many hidden characters side by side the first few are marked and the others counted, so too those after
+    MAX_MARKS marks. A run of tag characters, which can spell a hidden message, is shown as what it spells.
     """
     out: list[str] = []
-    plain: list[str] = []
-    marks = left_out = 0
-
-    def flush() -> None:
-        if plain:
-            out.append(str(escape("".join(plain))))
-            plain.clear()
-
-    for ch, marked, times in _tokens(str(text)):
-        if not marked:
-            plain.append(ch)
-        elif marks >= MAX_MARKS:
-            left_out += times
-        else:
-            marks += 1
-            flush()
-            name = unicodedata.name(ch, "") or _NAMES.get(ch) or "control or unassigned character"
-            again = f"×{times:,}" if times > 1 else ""
-            end = "\n" if ch in "\u2028\u2029" else ""
-            out.append(f'<b class="mark" title="{escape(name)}">U+{ord(ch):04X}{again}</b>{end}')
-    flush()
-    if left_out:
-        out.append(f'<b class="mark">and {left_out:,} more hidden characters</b>')
+    marks = 0
+    for hidden, run in groupby(_tokens(str(text)), key=lambda token: token[1]):
+        tokens = [(ch, times) for ch, _, times in run]
+        if not hidden:
+            out.append(str(escape("".join(ch for ch, _ in tokens))))
+            continue
+        spelt = "".join(chr(ord(ch) - 0xE0000) * times for ch, times in tokens if "\U000e0020" <= ch <= "\U000e007e")
+        shown = tokens[: min(MAX_RUN, MAX_MARKS - marks)] if len(tokens) > MAX_RUN or marks >= MAX_MARKS else tokens
+        marks += len(shown)
+        out.extend(_mark(ch, times) for ch, times in shown)
+        left_out = sum(times for _, times in tokens[len(shown) :])
+        if left_out:
+            out.append(f'<b class="mark">+{left_out:,} hidden</b>')
+        if len(spelt) > 1:
+            out.append(f'<b class="mark" title="spelt in invisible tag characters">spells: {escape(spelt)}</b>')
     return Markup("".join(out))
+
+
+def _mark(ch: str, times: int) -> str:
+    name = unicodedata.name(ch, "") or _NAMES.get(ch) or "control or unassigned character"
+    again = f"×{times:,}" if times > 1 else ""
+    end = "\n" if ch in "\u2028\u2029" else ""
+    return f'<b class="mark" title="{escape(name)}">U+{ord(ch):04X}{again}</b>{end}'
 
 
 def breakable(text: object) -> Markup:
@@ -128,6 +130,12 @@ def plain(text: object) -> str:
     """`text` for places that take no markup (title, attributes): hidden characters as ⟨U+202E⟩."""
     marked = (f"⟨U+{ord(ch):04X}⟩" if hidden else ch for ch, hidden, _ in _tokens(str(text)))
     return "".join(marked)
+
+
+def short(text: object, limit: int = 120) -> str:
+    """`text` cut to `limit` characters: a label may turn out to be a whole essay."""
+    whole_text = str(text)
+    return whole_text if len(whole_text) <= limit else whole_text[: limit - 1] + "…"
 
 
 def fold(text: str, shown: int, limit: int) -> tuple[str, str, int]:

@@ -19,7 +19,7 @@ from curate.reports.words import column, verdict
 
 SHOWN_CHARACTERS = 700  # of a long text, before the fold
 MAX_CHARACTERS = 6_000  # of one text, fold included
-TEXT_BUDGET = 900_000  # characters of all example texts together: the page stays below 2 MB
+TEXT_BUDGET = 400_000  # characters of all example texts together: the page stays below 2 MB even when escaped
 MAX_TURNS = 8  # earlier turns of one conversation
 MAX_LABELS = 20  # rows of the label table
 MAX_HISTOGRAMS = 5  # labels with a histogram of their own

@@ -21,13 +21,15 @@ from connectors import storage
 from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
+from curate.corpus.render import tokenizer_digest
 from curate.corpus.units import Manifest
 from curate.models.engines import EngineDead, GenerationSpec, make_engine, row_seed
+from curate.models.load import load_tokenizer
 from curate.runtime.output import Output
 from curate.runtime.progress import Progress
 from curate.runtime.reader import ReaderSpec, read_chunks, work_items
-from curate.runtime.score import StageResult, too_many_bad
 from curate.runtime.session import Session
+from curate.runtime.stage import StageResult, too_many_bad
 from curate.runtime.stream import DEAD_DEVICE_EXIT, stream
 
 
@@ -54,7 +56,7 @@ def generation_recipe(
     fields = {
         "corpus": corpus,
         "model": model,
-        "chat_template": reader.model.chat_template,
+        "tokenizer": tokenizer_digest(load_tokenizer(reader.model)),
         "max_tokens": reader.max_tokens,
         "overlong": reader.overlong,
         "generation": sampling_facts(spec),

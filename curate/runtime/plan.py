@@ -30,6 +30,7 @@ from curate.scoring.shared_pass import SharedPass
 SAMPLE_UNITS = 8
 SAMPLE_ROWS = 32
 CALIBRATION_SECONDS = 8.0
+GENERATED = 16
 PART_BYTES_PER_COLUMN = 8
 
 
@@ -71,18 +72,26 @@ class CalibrationWorker:
                 break
         seconds = time.perf_counter() - began
         found = {"tokens": tokens, "rows": rows, "seconds": seconds}
-        if self.needs.generated:
-            few = chunk.rendered[:8]
-            engine = make_engine(self.spec.reader.model, self.spec.generation)
-            seeds = [row_seed(0, e.id) for e in chunk.examples[:8]]
-            prompts = [r.input_ids[: r.start] for r in few]
-            began = time.perf_counter()
-            made = engine.generate(prompts, seeds)
-            found["generated_seconds"] = time.perf_counter() - began
-            found["generated_tokens"] = sum(len(m.token_ids) for m in made)
-            found["generated_rows"] = len(few)
-            engine.close()
         return json.dumps(found).encode()
+
+
+class GenerationCalibration:
+    """One actor: a handful of responses. An actor of its own, as an engine does not share a process with scorers."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self.engine = make_engine(spec.reader.model, spec.generation)
+
+    def __call__(self, item: bytes) -> bytes:
+        chunk = Chunk.from_bytes(item)
+        prompts = [r.input_ids[: r.start] for r in chunk.rendered]
+        seeds = [row_seed(0, e.id) for e in chunk.examples]
+        began = time.perf_counter()
+        self.engine.generate(prompts, seeds)
+        return json.dumps({"rows": len(prompts), "seconds": time.perf_counter() - began}).encode()
+
+
+def _generation_worker(spec: PlanSpec) -> Callable[[bytes], bytes]:
+    return GenerationCalibration(spec)
 
 
 def _worker(spec: PlanSpec, concepts: Any, threads: int) -> Callable[[bytes], bytes]:
@@ -154,8 +163,11 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
     ]
     if needs.generated:
         todo = min(rows, spec.generate_rows or rows) * share
-        seconds = todo * found["generated_seconds"] / found["generated_rows"] / session.engines.size
-        lines.append(("generation", f"{todo:,.0f} responses, at most {_duration(seconds)} (8 at a time were measured; larger batches are faster)"))
+        few = replace(merged, examples=merged.examples[:GENERATED], rendered=rendered[:GENERATED], own=[None] * min(GENERATED, len(rendered)))
+        make_generation = partial(_generation_worker, spec)
+        made = json.loads(next(iter(stream([few.to_bytes()], make_generation, replace(session.engines, size=1)))))
+        seconds = todo * made["seconds"] / made["rows"] / session.engines.size
+        lines.append(("generation", f"{todo:,.0f} responses, at most {_duration(seconds)} (measured with {made['rows']} at a time)"))
     lines += [
         ("bytes written", f"about {written / 1e6:,.1f} MB of score parts, and the rows that are kept"),
         ("largest broadcast", f"{broadcast / 1e6:,.2f} MB (concept vectors)"),

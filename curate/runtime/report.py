@@ -22,7 +22,7 @@ from curate.reports.metrics import Ranking, ranking
 from curate.runtime.output import Output
 from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
-from curate.runtime.score import StageResult
+from curate.runtime.stage import StageResult
 from curate.runtime.select import Scores, SelectSpec, label_counts
 from curate.selection.select import Decision
 

@@ -21,12 +21,12 @@ from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
-from curate.errors import CorpusError
 from curate.models.load import ModelSpec, load_model
 from curate.runtime.output import Output
 from curate.runtime.progress import Progress
 from curate.runtime.reader import ReaderSpec, read_chunks, work_items
 from curate.runtime.session import Session
+from curate.runtime.stage import StageResult, too_many_bad
 from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put, stream
 from curate.scoring.base import Needs
 from curate.scoring.registry import make_scorers
@@ -43,18 +43,6 @@ class ScoreSpec:
     scorers: Mapping[str, Mapping[str, Any]]
     output: Output
     token_budget: int
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did now; rows done by earlier runs are in `already`."""
-
-    rows: int
-    already: int
-    quarantined: int
-    tokens: int
-    seconds: float
-    peak_worker_gb: float = 0.0
 
 
 class ScoreWorker:
@@ -160,15 +148,3 @@ def score(
     if bad > allowed:
         raise too_many_bad(spec.output, bad, manifest.rows, max_bad_fraction)
     return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
-
-
-def too_many_bad(output: Output, bad: int, rows: int, allowed: float) -> CorpusError:
-    """The error for a corpus of which too much is unusable; shows the commonest reasons."""
-    reasons: dict[str, int] = {}
-    for _, q in output.quarantined():
-        reasons[q.reason] = reasons.get(q.reason, 0) + 1
-    top = "; ".join(f"{n} × {r}" for r, n in sorted(reasons.items(), key=lambda kv: -kv[1])[:3])
-    return CorpusError(
-        f"{bad} of {rows} rows are bad, more than source.max_bad_fraction={allowed:g} allows: {top}. "
-        f"They are listed in {output.url}/quarantine; mend the source or raise the limit and run again."
-    )

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import bm25s
 import numpy as np
 from scipy import sparse
 
@@ -23,6 +22,8 @@ from curate.scoring.texts import AGGREGATES, PARTS, aggregate, check_choice, che
 
 def words(texts: Sequence[str], stopwords: str | Sequence[str] | None) -> list[list[str]]:
     """Lower-case words of each text, without stop words."""
+    import bm25s  # brings numba, which costs seconds; only this method should pay
+
     stop = [] if stopwords is None else stopwords if isinstance(stopwords, str) else list(stopwords)
     return bm25s.tokenize(list(texts), stopwords=stop, return_ids=False, show_progress=False)
 

@@ -158,7 +158,7 @@ def test_check_fits():
     check_fits(c, 3, 8, MODEL, layers=[1, 2])
     check_fits(c, 3, 8, {**MODEL, "name": "the same weights elsewhere"})
     check_fits(concept(model={}), 3, 8, MODEL)
-    with pytest.raises(ConceptError, match="width 8, the model .* has 16"):
+    with pytest.raises(ConceptError, match=r"width 8, the model .* has 16"):
         check_fits(c, 3, 16, MODEL)
     with pytest.raises(ConceptError, match=r"4 rows, made for a model of 3 layers; .* has 5 layers .6 rows"):
         check_fits(c, 5, 8, MODEL)

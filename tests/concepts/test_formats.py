@@ -46,8 +46,8 @@ def test_dictionaries_of_tensors(tmp_path):
         load(str(tmp_path / "two.pt"), key="c")
     torch.save({"only": V}, tmp_path / "one.pt")
     assert load(str(tmp_path / "one.pt")).meta["key"] == "only"
+    torch.save(V, tmp_path / "bare.pt")
     with pytest.raises(ConceptError, match="single tensor, so it has no entry 'k'"):
-        torch.save(V, tmp_path / "bare.pt")
         load(str(tmp_path / "bare.pt"), key="k")
 
 

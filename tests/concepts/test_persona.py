@@ -115,8 +115,10 @@ def test_teacher_forced_equals_a_plain_hugging_face_loop(tmp_path):
     expected = np.zeros((5, 32))
     for sign, side in ((1, "positive"), (-1, "negative")):
         for pair in TRAIT.contrastive_responses:
-            text = f"<|im_start|>system\nYou are a helpful tiny model.<|im_end|>\n<|im_start|>user\n{QUESTIONS[pair.question]}"
-            ids = tokenizer(text + "<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+            text = "<|im_start|>system\nYou are a helpful tiny model.<|im_end|>\n<|im_start|>user\n"
+            ids = tokenizer(
+                text + QUESTIONS[pair.question] + "<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+            )["input_ids"]
             answer = tokenizer(getattr(pair, side), add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 hidden = model(torch.tensor([ids + answer]), output_hidden_states=True).hidden_states
@@ -258,7 +260,7 @@ def test_nothing_left_says_what_was_dropped():
     unscored = [replace(r, trait=None) for r in rollouts()]
     with pytest.raises(ConceptError, match="24 × not scored"):
         from_rollouts(TRAIT, unscored, planted()[0], MODEL)
-    with pytest.raises(ConceptError, match="0 of 0 pairs .* there were none"):
+    with pytest.raises(ConceptError, match=r"0 of 0 pairs .* there were none"):
         from_rollouts(TRAIT, [], planted()[0], MODEL)
     made = rollouts()
     with pytest.raises(ConceptError, match="two rollouts for the request"):

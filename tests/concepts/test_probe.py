@@ -90,7 +90,7 @@ def test_refusals():
         linear_probe(x, y, "p", MODEL, groups=[1, 2])
     with pytest.raises(ConceptError, match="no layer 7; the activations have layers 0 to 4"):
         linear_probe(x, y, "p", MODEL, layers=[7])
-    with pytest.raises(ConceptError, match="expected .examples, layers"):
+    with pytest.raises(ConceptError, match=r"expected .examples, layers"):
         linear_probe(x[:, 0], y, "p", MODEL)
     with pytest.raises(ConceptError, match="regularisation is 0"):
         linear_probe(x, y, "p", MODEL, regularisation=0)
@@ -98,5 +98,5 @@ def test_refusals():
     with pytest.raises(ConceptError, match="1 of 120 examples have NaN or infinite activations at layer 1"):
         linear_probe(x, y, "p", MODEL)
     x[:, 1] = np.nan
-    with pytest.raises(ConceptError, match="120 of 120 examples have NaN .* at layer 1"):
+    with pytest.raises(ConceptError, match=r"120 of 120 examples have NaN .* at layer 1"):
         linear_probe(x, y, "p", MODEL, layers=[1])

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import s3fs
 from tenacity import wait_none
 
 from connectors import failures, storage
@@ -152,7 +153,7 @@ def test_killed_s3_writer_leaves_no_object_and_its_rest_is_removed(s3: str, s3_e
 def test_full_disk(tiny_disk: Path) -> None:
     target = tiny_disk / "out" / "part"
     with pytest.raises(StorageError, match=r"cannot write .*/part: no space left; free some space"):
-        interrupted(str(target), [b"x" * 1_000_000])
+        interrupted(str(target), [b"x" * 2_000_000])
     assert list(tiny_disk.rglob("*")) == [tiny_disk / "out"]
     storage.check_writable(str(tiny_disk / "out"))
     (tiny_disk / "filler").write_bytes(b"x" * 48_000)
@@ -377,6 +378,8 @@ def test_transient_failures_are_tried_again(s3: str, monkeypatch: pytest.MonkeyP
 
 def test_store_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_WAIT", wait_none())
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # the client's own patience is half a minute
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with serve() as endpoint:
         endpoint.use(monkeypatch)
         bucket = endpoint.bucket("going")

@@ -21,7 +21,8 @@ LLAMA3 = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
@@ -217,9 +218,12 @@ def test_refused_conversations():
     silent = Renderer(tiny_tokenizer("{% for m in messages %}{{ m['role'] }}{% endfor %}"), 2000)
     with pytest.raises(BadRow, match="leaves the response out"):
         silent.render(example("Four."))
-    upper = Renderer(tiny_tokenizer("{{ messages[-1]['content'] | length }}{{ messages[-1]['content'] }}"), 2000)
+    strict = Renderer(tiny_tokenizer("{% if messages | length > 1 %}{{ 1 + messages[0]['content'] }}{% endif %}"), 2000)
+    with pytest.raises(BadRow, match="refuses the conversation: unsupported operand"):
+        strict.render(example("Four."))
+    counting = Renderer(tiny_tokenizer("{{ messages[-1]['content'] | length }}{{ messages[-1]['content'] }}"), 2000)
     with pytest.raises(BadRow, match="cannot be found"):
-        upper.render(example("Four."))
+        counting.render(example("Four."))
 
 
 def test_overlong_is_quarantined_with_both_numbers():
@@ -273,6 +277,8 @@ def test_dates_do_not_move_the_scores():
 def test_constructor_refusals():
     with pytest.raises(ModelError, match=r"no chat template.*model\.chat_template"):
         Renderer(tiny_tokenizer(None), 100)
+    with pytest.raises(ModelError, match=r"not valid Jinja \(line 1\)"):
+        Renderer(tiny_tokenizer("{% for m in %}"), 100)
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         Renderer(tiny_tokenizer(), 0)
     with pytest.raises(ConfigError, match="'quarantine' or 'truncate'"):

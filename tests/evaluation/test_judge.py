@@ -17,8 +17,8 @@ from curate.evaluation.judge import (
 
 @pytest.mark.parametrize(
     ("token", "value"),
-    [("0", 0), ("100", 100), (" 42", 42), ("42\n", 42), ("007", 7), ("101", None), ("-5", None), ("+5", None), ("", None),
-     ("4.5", None), ("1_0", None), ("٤٢", None), ("４２", None), ("REF", None), ("1000", None)],
+    [("0", 0), ("100", 100), (" 42", 42), ("42\n", 42), ("007", 7), ("101", None), ("-5", None), ("+5", None),
+     ("", None), ("4.5", None), ("1_0", None), ("٤٢", None), ("４２", None), ("REF", None), ("1000", None)],
 )  # fmt: skip
 def test_which_tokens_are_numbers(token, value):
     assert parse_number(token) == value
@@ -43,7 +43,8 @@ def test_a_quarter_of_the_mass_is_needed():
 
 @pytest.mark.parametrize(
     ("text", "refusal"),
-    [("REFUSAL", True), ("REF", True), (" Refusal.", True), ("42", False), ("I'm sorry", False), ("", False), ("refuse", False)],
+    [("REFUSAL", True), ("REF", True), (" Refusal.", True), ("42", False), ("I'm sorry", False), ("", False),
+     ("refuse", False)],
 )  # fmt: skip
 def test_refusals(text, refusal):
     assert looks_like_refusal(text) is refusal

@@ -158,7 +158,7 @@ def test_timeouts_are_tried_again_and_then_given_up_for_that_pair():
         Reply({"choices": []}),
         Reply({"choices": [{"message": None}]}),
         Reply([1, 2]),
-        Reply({"choices": [{"message": {"content": "5"}, "logprobs": {"content": [{"token": "5", "top_logprobs": [3]}]}}]}),
+        Reply({"choices": [{"message": {}, "logprobs": {"content": [{"token": "5", "top_logprobs": [3]}]}}]}),
     ],
 )  # fmt: skip
 def test_malformed_answers_are_tried_again_then_reported(reply):

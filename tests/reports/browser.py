@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -36,26 +36,29 @@ async def _look(page: Path, scripts: dict[str, str], width: int, height: int, fe
     binary = find()
     assert binary is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = subprocess.Popen(
-            [binary, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        browser = await asyncio.create_subprocess_exec(
+            binary, *FLAGS, f"--user-data-dir={profile}", "about:blank", stderr=asyncio.subprocess.PIPE
         )
+        assert browser.stderr is not None
+        draining = None
         try:
-            port_file = Path(profile) / "DevToolsActivePort"
+            address = ""
             async with asyncio.timeout(60):
-                while not port_file.exists() or "\n" not in port_file.read_text():
-                    assert browser.poll() is None, "the browser ended before it listened"
-                    await asyncio.sleep(0.05)
-                port = int(port_file.read_text().splitlines()[0])
-                async with aiohttp.ClientSession() as session:
-                    async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                        target = next(t for t in await answer.json() if t["type"] == "page")
-                    async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                        return await _drive(socket, page, scripts, width, height, features, media, picture)
+                while "DevTools listening on" not in address:
+                    address = (await browser.stderr.readline()).decode()
+                    assert address, "the browser ended before it listened"
+            draining = asyncio.create_task(browser.stderr.read())  # a full pipe would stop the browser
+            port = urlsplit(address.split()[-1]).port
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                    target = next(t for t in await answer.json() if t["type"] == "page")
+                async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    return await _drive(socket, page, scripts, width, height, features, media, picture)
         finally:
             browser.terminate()
-            browser.wait(timeout=20)
+            await browser.wait()
+            if draining is not None:
+                await draining
 
 
 async def _drive(socket: aiohttp.ClientWebSocketResponse, page: Path, scripts: dict[str, str], width: int, height: int,

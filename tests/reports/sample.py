@@ -62,12 +62,10 @@ COLUMNS = (
 _STRENGTH = (1.7, 1.2, 1.5, 0.7, 1.9, 1.3, 1.0, 0.5, 0.3, 0.1, 0.15, 0.0)
 
 
-def conversation(row: int, sycophantic: bool) -> tuple[tuple[str, str], ...]:
-    """One conversation; every so often one with a hostile, very long or many-turned text."""
+def conversation(row: int, sycophantic: bool, ending: str = "") -> tuple[tuple[str, str], ...]:
+    """One conversation; every so often one with a very long text or more turns."""
     question, bad, good = TALKS[row % len(TALKS)]
-    answer = bad if sycophantic else good
-    if row % 5 == 0:
-        answer = f"{answer} {HOSTILE[row // 5 % len(HOSTILE)]}"
+    answer = (bad if sycophantic else good) + ending
     if row % 7 == 0:
         answer = "\n\n".join(f"{i}. {answer}" for i in range(1, 60))
     talk: tuple[tuple[str, str], ...] = (("user", question), ("assistant", answer))
@@ -94,7 +92,7 @@ def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData
     keep = rank >= n_dropped
     labels = np.where(positive, SYCOPHANTIC, HONEST)
 
-    def view(row: int) -> ExampleView:
+    def view(row: int, ending: str = "") -> ExampleView:
         return ExampleView(
             id=f"{row * 2654435761 % 2**64:032x}",
             row=row,
@@ -103,7 +101,7 @@ def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData
             score=float(primary[row]),
             rank=int(rank[row]),
             kept=bool(keep[row]),
-            messages=conversation(row, bool(positive[row])),
+            messages=conversation(row, bool(positive[row]), ending),
         )
 
     half = max(1, examples // 2)
@@ -126,7 +124,7 @@ def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData
         counts={"rows": n + 7, "scored": n, "kept": n - n_dropped, "dropped": n_dropped, "quarantined": 7},
         created="2026-11-21 21:30 UTC",
         examples=ExampleSets(
-            highest=tuple(view(int(r)) for r in order[:examples]),
+            highest=tuple(view(int(r), " " + HOSTILE[i % 4]) for i, r in enumerate(order[:examples])),
             lowest=tuple(view(int(r)) for r in order[::-1][:examples]),
             borderline=tuple(view(int(r)) for r in order[n_dropped - half : n_dropped + half]),
         ),
