@@ -15,8 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from curate.corpus.example import ColumnMap
 from curate.errors import ConfigError
-from curate.models.load import ModelSpec
 from curate.models.engines import GenerationSpec
+from curate.models.load import ModelSpec
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -125,8 +125,20 @@ class Settings:
     plan: bool = False
 
 
-for _cls in (ColumnMap, ModelSpec, GenerationSpec, Source, Sink, Selector, ConceptSettings, Judge, Cluster, Report, Settings):
-    _cls.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+for _cls in (
+    ColumnMap,
+    ModelSpec,
+    GenerationSpec,
+    Source,
+    Sink,
+    Selector,
+    ConceptSettings,
+    Judge,
+    Cluster,
+    Report,
+    Settings,
+):
+    setattr(_cls, "__pydantic_config__", _STRICT)  # noqa: B010  (pydantic reads it; stdlib dataclasses do not declare it)
 
 
 def settings(config: DictConfig) -> Settings:

@@ -1,4 +1,7 @@
-"""The shell around every job: compose the config, start Ray, run the stages, print errors as a person wants them."""
+"""The shell around every job: compose the config, start Ray, run the stages, print errors as a person wants them.
+
+The library is imported late: a wrong option is answered at once, not after torch has loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -16,24 +20,37 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Settings, settings
-from curate.errors import ConfigError, CurateError
-from curate.runtime.session import ClusterSpec, session
-from jobs.pipeline import Pipeline
+from curate.errors import ConfigError, CurateError, near
+
+if TYPE_CHECKING:
+    from jobs.pipeline import Pipeline
 
 FAILED = 2
+_GROUPS = (
+    "source",
+    "model",
+    "concept",
+    "scorer",
+    "selector",
+    "sink",
+    "generation",
+    "judge",
+    "cluster",
+    "report",
+    "experiment",
+)
 
 
-def compose_settings(job: str, overrides: list[str]) -> Settings:
-    """Settings of `job` with `overrides` applied.
+def compose_config(job: str, overrides: list[str]) -> DictConfig:
+    """The config of `job` with `overrides` applied.
 
     Raises:
-        ConfigError: an unknown option or choice, with the near ones; a missing or wrongly typed value.
+        ConfigError: an unknown option or choice; names the near ones.
     """
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base=None, job_name=job):
         try:
-            return settings(compose(job, overrides))
+            return compose(job, overrides)
         except (HydraException, OmegaConfBaseException) as e:
             raise ConfigError(_explain(job, overrides, e)) from None
         finally:
@@ -54,30 +71,28 @@ def _known_options(config: DictConfig) -> list[str]:
 
 
 def _explain(job: str, overrides: list[str], error: Exception) -> str:
-    """Hydra's message, shortened, with the options that are near the unknown one."""
-    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
-    text = re.sub(r"\(To append to your config.*|Set the environment variable HYDRA_FULL_ERROR.*", "", text).strip()
+    """Hydra's message, shortened; for an unknown option the ones that are near."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as e:
-        return f"the command line cannot be read: {re.sub(chr(10) + '.*', '', str(e))}. Options are name=value."
-    groups = [o.input_line for o in parsed if "." not in o.key_or_group and not o.is_delete()]
+        return f"the command line cannot be read: {str(e).splitlines()[0]} Options are name=value."
+    groups = [o.input_line or "" for o in parsed if o.key_or_group in _GROUPS]
     try:
-        known = _known_options(compose(job, [g for g in groups if g.split("=")[0] in _GROUPS and "=" in g]))
+        known = _known_options(compose(job, groups))
     except (HydraException, OmegaConfBaseException):
-        known = _known_options(compose(job, []))
-    for o in parsed:
+        known = []  # the group itself is what is wrong; Hydra's message lists its choices
+    for o in parsed if known else []:
         name = o.key_or_group
         if name not in known and name not in _GROUPS:
             close = difflib.get_close_matches(name, [*known, *_GROUPS], n=3, cutoff=0.6)
-            tail = "did you mean " + " or ".join(close) + "?" if close else f"see `curate {job} --cfg job` for all options"
-            return f"there is no option {name!r}; {tail}"
-    return text
-
-
-_GROUPS = (
-    "source", "model", "concept", "scorer", "selector", "sink", "generation", "judge", "cluster", "report", "experiment",
-)  # fmt: skip
+            hint = f"did you mean {' or '.join(close)}?" if close else f"`curate {job} --cfg job` prints all options."
+            return f"there is no option {name!r}; {hint}"
+    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    missing = re.search(r"Could not find '(\w+)/(.+?)' Available options in '\w+': (.*?) Config search path", text)
+    if missing:
+        group, name, choices = missing[1], missing[2], missing[3].split()
+        return f"there is no {group} {name!r}{near(name, choices)}"
+    return re.sub(r"(To append to your config|Set the environment variable HYDRA_FULL_ERROR).*", "", text).strip()
 
 
 def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
@@ -85,15 +100,14 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
 
     @hydra.main(config_path="pkg://conf", config_name=job, version_base=None)
     def application(config: DictConfig) -> None:
-        run(settings(config), stages)
+        run(config, stages)
 
     def main() -> None:
         try:
-            if not any(a.startswith("-") for a in sys.argv[1:]):
-                # Composed here as well, so that an error is ours to word; flags such as --help are Hydra's own.
-                run(compose_settings(job, sys.argv[1:]), stages)
+            if any(a.startswith("-") for a in sys.argv[1:]):
+                application()  # --help, --cfg job and other flags of Hydra's own
             else:
-                application()
+                run(compose_config(job, sys.argv[1:]), stages)
         except CurateError as e:
             print(f"curate {job}: {e}", file=sys.stderr)
             sys.exit(FAILED)
@@ -104,10 +118,14 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
     return main
 
 
-def run(config: Settings, stages: Callable[[Pipeline], None]) -> None:
+def run(config: DictConfig, stages: Callable[[Pipeline], None]) -> None:
     """Check what can be checked without a cluster, then run the stages on one."""
-    pipeline = Pipeline(config)
+    from conf.schema import settings
+    from curate.runtime.session import ClusterSpec, session
+    from jobs.pipeline import Pipeline
+
+    pipeline = Pipeline(settings(config))
     pipeline.check()
-    with session(ClusterSpec(**asdict(config.cluster))) as running:
+    with session(ClusterSpec(**asdict(pipeline.config.cluster))) as running:
         pipeline.session = running
         stages(pipeline)

@@ -98,7 +98,7 @@ class Pipeline:
 
     @cached_property
     def corpus(self) -> dict[str, Any]:
-        """What the corpus is, for recipes. The whole of it, so that a run over more rows goes on from one over fewer."""
+        """What the corpus is, for recipes: all of it, so that a run over more rows goes on from one over fewer."""
         return {"digest": self._source[0].digest, "columns": asdict(self._source[1])}
 
     @cached_property
@@ -153,11 +153,11 @@ class Pipeline:
             return [concept_files.load(expand(u)) for u in ([s.path] if isinstance(s.path, str) else s.path)]
         if s.kind == "probe":
             if s.positive_label is None:
-                raise ConfigError(f"concept.{name}.positive_label is not set; give the label of the rows with the trait")
+                raise ConfigError(
+                    f"concept.{name}.positive_label is not set; give the label of the rows with the trait"
+                )
             path = expand(s.path) if isinstance(s.path, str) else [expand(u) for u in s.path]
-            return [
-                making.probe(context, s.name or name, path, s.format, s.columns, s.positive_label, s.max_rows)
-            ]
+            return [making.probe(context, s.name or name, path, s.format, s.columns, s.positive_label, s.max_rows)]
         if not isinstance(s.path, str):
             raise ConfigError(f"concept.{name}.path is a list; a persona vector is made from one trait file")
         label = s.name or (making.load_trait(expand(s.path)).name if name == "persona" else name)
@@ -258,7 +258,9 @@ class Pipeline:
     def _scores(self) -> Scores:
         columns = score_columns(self.scores_place.parts())
         if not columns:
-            raise ConfigError(f"there are no scores at {self.scores_place.url}; run `curate score` with this sink first")
+            raise ConfigError(
+                f"there are no scores at {self.scores_place.url}; run `curate score` with this sink first"
+            )
         pick_column(columns, self.config.selector.column)
         with_groups = self.rule.per_group
         return load_scores(self.scores_place, self.manifest, columns, with_groups, labels=True)
@@ -299,7 +301,9 @@ class Pipeline:
             self.reader,
             self.generations[0].url if self.needs.generated else None,
         )
-        self.summary = write_report(spec, recipe, self.manifest, self._scores, self.select_spec, self.decision, concepts)
+        self.summary = write_report(
+            spec, recipe, self.manifest, self._scores, self.select_spec, self.decision, concepts
+        )
 
     def plan(self) -> None:
         """Print what a run will cost; writes nothing but the manifest."""

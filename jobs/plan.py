@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jobs.app import entry
-from jobs.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from jobs.pipeline import Pipeline
 
 
 def stages(pipeline: Pipeline) -> None:

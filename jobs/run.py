@@ -1,9 +1,13 @@
-"""The main job: concept, generation where a scorer needs it, scores, selection, report. `plan=true` stops after the plan."""
+"""The main job: concept, generation where needed, scores, selection, report. `plan=true` stops after the plan."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jobs.app import entry
-from jobs.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from jobs.pipeline import Pipeline
 
 
 def stages(pipeline: Pipeline) -> None:

@@ -1,4 +1,4 @@
-"""`curate submit <job> …`: run a job on a Ray cluster through Ray's Job SDK. Submitting the same work twice is one job."""
+"""`curate submit <job> …`: run a job on a Ray cluster by Ray's Job SDK. Submitting the same work twice is one job."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import shlex
 import sys
 from dataclasses import asdict
 
+from conf.schema import settings
 from curate.errors import ConfigError, CurateError
 from curate.runtime import jobs
-from jobs.app import FAILED, compose_settings
+from jobs.app import FAILED, compose_config
 from jobs.cli import JOBS
 
 
 def submission_id(job: str, overrides: list[str]) -> str:
     """Id made of the job and its composed settings; the cluster it runs on and the order of options do not matter."""
-    body = asdict(compose_settings(job, overrides))
+    config = settings(compose_config(job, overrides))
+    for what, url in (("sink.url", config.sink.url), ("sink.store", config.sink.store)):
+        if "://" not in url and not url.startswith("/"):
+            raise ConfigError(
+                f"{what} is {url!r}, a relative path: on a cluster it would lie in a job's temporary folder. Give a "
+                f"URL (s3://…) or an absolute path that all nodes share."
+            )
+    body = asdict(config)
     body.pop("cluster")
     digest = hashlib.blake2b(json.dumps([job, body], sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
     return f"curate-{job}-{digest}"
@@ -29,8 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("job", help="which job: " + ", ".join(j for j in JOBS if j != "submit"))
     parser.add_argument("overrides", nargs="*", help="options of the job, name=value")
-    parser.add_argument("--address", default=None, help="the dashboard's address; default RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265")
-    parser.add_argument("--working-dir", default=None, help="folder to ship with the job; not needed where the image has curate")
+    parser.add_argument(
+        "--address",
+        default=None,
+        help="the dashboard's address; default RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265",
+    )
+    parser.add_argument(
+        "--working-dir", default=None, help="folder to ship with the job; not needed where the image has curate"
+    )
     parser.add_argument("--wait", action="store_true", help="print the job's log until it ends; exit with its status")
     return parser
 
@@ -40,7 +54,9 @@ def main() -> None:
     args = _parser().parse_intermixed_args()
     try:
         if args.job not in JOBS or args.job == "submit":
-            raise ConfigError(f"there is no job {args.job!r} to submit; choose from {', '.join(j for j in JOBS if j != 'submit')}")
+            raise ConfigError(
+                f"there is no job {args.job!r} to submit; choose from {', '.join(j for j in JOBS if j != 'submit')}"
+            )
         name = submission_id(args.job, args.overrides)
         command = shlex.join(["python", "-m", f"jobs.{args.job}", *args.overrides])
         client = jobs.client(args.address)
@@ -50,9 +66,9 @@ def main() -> None:
             for text in jobs.follow(client, name):
                 sys.stdout.write(text)
                 sys.stdout.flush()
-            state = jobs.state(client, name)
-            print(f"{name}: {state}")
-            sys.exit(0 if state == "SUCCEEDED" else 1)
+            ended = jobs.state(client, name)
+            print(f"{name}: {ended}")
+            sys.exit(0 if ended == "SUCCEEDED" else 1)
     except CurateError as e:
         print(f"curate submit: {e}", file=sys.stderr)
         sys.exit(FAILED)

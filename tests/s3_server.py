@@ -10,11 +10,12 @@ import http.client
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec.config
 import pytest
@@ -69,21 +70,23 @@ def serve(timeout_s: float = 60.0) -> Iterator[Endpoint]:
     """Start the server, wait until it answers, stop it at the end."""
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        _wait(server, port, timeout_s)
-        yield Endpoint(f"http://127.0.0.1:{port}")
-    finally:
-        server.terminate()
-        server.communicate()
+    # A file, not a pipe: the server writes a line a request, and would stand still once nobody empties the pipe.
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            _wait(server, port, timeout_s, log)
+            yield Endpoint(f"http://127.0.0.1:{port}")
+        finally:
+            server.terminate()
+            server.wait()
 
 
-def _wait(server: subprocess.Popen[bytes], port: int, timeout_s: float) -> None:
+def _wait(server: subprocess.Popen[bytes], port: int, timeout_s: float, log: BinaryIO) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         if server.poll() is not None:
-            _, errors = server.communicate()
-            raise RuntimeError(f"moto's server ended with {server.returncode}: {errors.decode()[-2000:]}")
+            log.seek(0)
+            raise RuntimeError(f"moto's server ended with {server.returncode}: {log.read().decode()[-2000:]}")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
             connection.request("GET", "/moto-api/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from curate.errors import CorpusError
 
@@ -60,7 +61,7 @@ def check_whole(wanted: Iterable[Part], parts: Iterable[Part]) -> None:
         by_key.setdefault(p.key, []).append((p.start, p.stop))
     for key, ranges in by_key.items():
         ranges.sort()
-        for (a, b), (c, d) in zip(ranges, ranges[1:], strict=False):
+        for (a, b), (c, d) in pairwise(ranges):
             if c < b:
                 raise CorpusError(
                     f"parts of {key!r} overlap: rows {a}-{b} and {c}-{d}. Two runs with different unit sizes wrote "

@@ -50,7 +50,9 @@ class Recipe:
         names = sorted(set(mine) | set(theirs))
         absent = "(not set)"
         return {
-            n: (mine.get(n, absent), theirs.get(n, absent)) for n in names if mine.get(n, absent) != theirs.get(n, absent)
+            n: (mine.get(n, absent), theirs.get(n, absent))
+            for n in names
+            if mine.get(n, absent) != theirs.get(n, absent)
         }
 
     def refuse_other(self, stored: Recipe, where: str) -> None:

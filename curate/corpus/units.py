@@ -115,9 +115,7 @@ class Manifest:
     def from_table(table: pa.Table) -> Manifest:
         meta = json.loads((table.schema.metadata or {})[b"curate"])
         files = tuple(FileEntry(**{**f, "columns": tuple(f["columns"])}) for f in meta["files"])
-        return Manifest(
-            meta["format"], files, tuple(Unit(**u) for u in table.to_pylist()), tuple(meta["skipped"])
-        )
+        return Manifest(meta["format"], files, tuple(Unit(**u) for u in table.to_pylist()), tuple(meta["skipped"]))
 
 
 _UNIT_SCHEMA = pa.schema(

@@ -103,7 +103,7 @@ def visible(text: object) -> Markup:
             out.append(str(escape("".join(ch for ch, _ in tokens))))
             continue
         spelt = "".join(chr(ord(ch) - 0xE0000) * times for ch, times in tokens if "\U000e0020" <= ch <= "\U000e007e")
-        shown = tokens[: min(MAX_RUN, MAX_MARKS - marks)] if len(tokens) > MAX_RUN or marks >= MAX_MARKS else tokens
+        shown = tokens[: max(0, min(MAX_RUN, MAX_MARKS - marks))]
         marks += len(shown)
         out.extend(_mark(ch, times) for ch, times in shown)
         left_out = sum(times for _, times in tokens[len(shown) :])

@@ -44,8 +44,7 @@ class ActivationWorker:
             picked = [chunk.rendered[i] for i in batch]
             ids, mask = collate([r.input_ids for r in picked], 0)
             states = self.tap(ids.to(device), mask.to(device))
-            starts = torch.tensor([r.start for r in picked], device=device)
-            stops = torch.tensor([r.stop for r in picked], device=device)
+            starts, stops = [r.start for r in picked], [r.stop for r in picked]
             pooled = torch.stack([response_mean(states[k], starts, stops) for k in self.tap.layers], dim=1)
             for i, values in zip(batch, pooled.float().cpu().numpy(), strict=True):
                 rows[i] = values

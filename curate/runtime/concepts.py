@@ -1,4 +1,4 @@
-"""The concept stage: make persona vectors and probes with the cluster's models, or read them; keep them in the store."""
+"""The concept stage: persona vectors and probes, made with the cluster's models and kept in the store."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class RolloutWorker:
         chunk = Chunk.from_bytes(item)
         seeds = [row_seed(self.seed, e.id) for e in chunk.examples]
         made = self.engine.generate([r.input_ids for r in chunk.rendered], seeds)
-        return json.dumps([[e.row, a.text if a.error is None else ""] for e, a in zip(chunk.examples, made, strict=True)]).encode()
+        return json.dumps(
+            [[e.row, a.text if a.error is None else ""] for e, a in zip(chunk.examples, made, strict=True)]
+        ).encode()
 
 
 def _rollout_worker(model: ModelSpec, generation: GenerationSpec) -> RolloutWorker:

@@ -32,6 +32,16 @@ from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, too_many_bad
 from curate.runtime.stream import DEAD_DEVICE_EXIT, stream
 
+PART_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("response", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class GenerateSpec:
@@ -88,17 +98,16 @@ class GenerateWorker:
                 text = example.messages[-2].content[:200]
                 bad.append(Quarantined(example.row, answer.error, example.id, text))
             else:
-                rows.append((example.id, example.row, answer.text, answer.token_ids, answer.finish_reason))
-        columns = list(zip(*rows, strict=True)) if rows else [[], [], [], [], []]
-        table = pa.table(
-            {
-                "id": pa.array(columns[0], pa.string()),
-                "row": pa.array(columns[1], pa.int64()),
-                "response": pa.array(columns[2], pa.string()),
-                "token_ids": pa.array(columns[3], pa.list_(pa.int32())),
-                "finish_reason": pa.array(columns[4], pa.string()),
-            }
-        )
+                rows.append(
+                    {
+                        "id": example.id,
+                        "row": example.row,
+                        "response": answer.text,
+                        "token_ids": answer.token_ids,
+                        "finish_reason": answer.finish_reason,
+                    }
+                )
+        table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
         summary = {
             "rows": chunk.stop - chunk.start,

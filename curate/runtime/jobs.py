@@ -21,7 +21,8 @@ def client(address: str | None) -> JobSubmissionClient:
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise ConfigError(
             f"no Ray job server answers at {address or 'RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265'}: {e}. Give "
-            f"--address http://<head node>:8265; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+            f"--address http://<head node>:8265; if it asks for a token, set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH."
         ) from None
 
 

@@ -75,7 +75,9 @@ def build_manifest(
             progress(n, len(jobs))
             if isinstance(found, str):
                 if not spec.skip_broken_shards:
-                    raise CorpusError(f"{found} Nothing was scored. To go on without it: source.skip_broken_shards=true")
+                    raise CorpusError(
+                        f"{found} Nothing was scored. To go on without it: source.skip_broken_shards=true"
+                    )
                 log.warning("left out: %s", found)
                 skipped.append(found)
             else:
@@ -95,5 +97,3 @@ def _unchanged(stored: Manifest, infos: list[FileInfo]) -> bool:
     now = {i.url: (i.size, i.stamp) for i in infos}
     then = {f.url: (f.size, f.stamp) for f in stored.files}
     return now == then and not stored.skipped
-
-

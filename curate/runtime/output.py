@@ -1,8 +1,8 @@
 """Output places: parts, quarantine and recipe below one URL. Resume lists the parts; there is no other state.
 
-    <url>/recipe.json                          what everything here was made from
-    <url>/parts/<key>/<start>-<stop>.parquet   one committed range; written last, at once or not at all
-    <url>/quarantine/<key>/<start>-<stop>.jsonl  the bad rows of that range
+<url>/recipe.json                          what everything here was made from
+<url>/parts/<key>/<start>-<stop>.parquet   one committed range; written last, at once or not at all
+<url>/quarantine/<key>/<start>-<stop>.jsonl  the bad rows of that range
 """
 
 from __future__ import annotations
@@ -23,6 +23,30 @@ from curate.corpus.units import Manifest, Unit
 from curate.errors import RecipeError, StorageError
 
 
+def read_recipe(url: str, place: str) -> Recipe | None:
+    """The recipe at `url`, or None where there is none yet."""
+    if not storage.exists(url):
+        return None
+    try:
+        return Recipe.from_json(storage.read_text(url))
+    except (ValueError, KeyError, TypeError) as e:
+        raise RecipeError(f"{url} cannot be read ({e}); remove {place} and run again") from None
+
+
+def claim(url: str, recipe: Recipe, place: str) -> None:
+    """Write `recipe` to `url`, or check that it is the one that is there; `place` is what the user is told.
+
+    Raises:
+        RecipeError: another recipe is there. StorageError: the place cannot be written.
+    """
+    stored = read_recipe(url, place)
+    if stored is not None:
+        recipe.refuse_other(stored, place)
+        return
+    storage.check_writable(place)
+    storage.write_atomic(url, recipe.to_json())
+
+
 @dataclass(frozen=True)
 class Output:
     """One product that is made of parts. Cheap to pickle: workers hold a copy."""
@@ -40,23 +64,15 @@ class Output:
             RecipeError: the place holds the product of another recipe; names the fields that differ.
             StorageError: the place cannot be written.
         """
-        stored = self.recipe()
-        if stored is not None:
-            recipe.refuse_other(stored, self.url)
-            return
-        storage.check_writable(self.url)
-        if self.parts():
-            raise RecipeError(f"{self.url} holds parts but no recipe.json, so nobody can say what they are; remove them")
-        storage.write_atomic(self.recipe_url, recipe.to_json())
+        if self.recipe() is None and self.parts():
+            raise RecipeError(
+                f"{self.url} holds parts but no recipe.json, so nobody can say what they are; remove them"
+            )
+        claim(self.recipe_url, recipe, self.url)
 
     def recipe(self) -> Recipe | None:
         """The stored recipe, or None where nothing was made yet."""
-        if not storage.exists(self.recipe_url):
-            return None
-        try:
-            return Recipe.from_json(storage.read_text(self.recipe_url))
-        except (ValueError, KeyError, TypeError) as e:
-            raise RecipeError(f"{self.recipe_url} cannot be read ({e}); remove {self.url} and run again") from None
+        return read_recipe(self.recipe_url, self.url)
 
     def _urls(self, folder: str, key: str | None = None) -> dict[Part, str]:
         root = storage.join(self.url, folder, *([key] if key else []))

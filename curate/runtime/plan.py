@@ -15,12 +15,13 @@ from transformers import AutoConfig
 
 from curate.concepts.concept import Concept
 from curate.corpus.chunk import Chunk
+from curate.corpus.render import Rendered
 from curate.corpus.units import Manifest, Unit
 from curate.errors import CorpusError
 from curate.models.engines import GenerationSpec, make_engine, row_seed
 from curate.models.load import load_model, resolve
 from curate.runtime.reader import ReaderSpec, read_chunks, work_items
-from curate.runtime.session import Session
+from curate.runtime.session import Pool, Session
 from curate.runtime.stream import fetch, put, stream
 from curate.scoring.base import Needs
 from curate.scoring.flops import forward_cost
@@ -31,7 +32,8 @@ SAMPLE_UNITS = 8
 SAMPLE_ROWS = 32
 CALIBRATION_SECONDS = 8.0
 GENERATED = 16
-PART_BYTES_PER_COLUMN = 8
+BYTES_PER_SCORE = 8
+BYTES_PER_ROW = 40
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def sample_chunks(spec: ReaderSpec, manifest: Manifest, seed: int) -> list[Chunk
     rng = np.random.default_rng(seed)
     units = list(manifest.units)
     picked = sorted(rng.choice(len(units), size=min(SAMPLE_UNITS, len(units)), replace=False))
-    chunks = []
+    chunks: list[Chunk] = []
     for i in picked:
         u: Unit = units[i]
         stop = min(u.start + SAMPLE_ROWS, u.stop)
@@ -119,61 +121,81 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
         CorpusError: none of the sampled rows can be used.
     """
     chunks = sample_chunks(spec.reader, manifest, spec.seed)
+    examples = [e for c in chunks for e in c.examples]
     rendered = [r for c in chunks for r in c.rendered]
     seen = sum(c.stop - c.start for c in chunks)
     bad = [b for c in chunks for b in c.bad]
     if not rendered:
         raise CorpusError(f"none of the {seen} sampled rows can be used; the first reason: {bad[0].reason}")
-    lengths = np.array([r.stop for r in rendered])
-    mean, spread = float(lengths.mean()), float(lengths.std(ddof=1) / np.sqrt(len(lengths))) if len(lengths) > 1 else 0.0
     share = len(rendered) / seen
-    rows = manifest.rows
+    good_rows = manifest.rows * share
     scorers = make_scorers(spec.scorers, concepts)
     needs = Needs.union(s.needs() for s in scorers)
-    columns = sum(len(s.columns()) for s in scorers)
 
-    merged = Chunk("", 0, seen, [e for c in chunks for e in c.examples], rendered, [None] * len(rendered))
-    make = partial(_worker, spec, put(list(concepts)), max(1, round(session.scorers.cpus)))
-    one = replace(session.scorers, size=1)
-    found = json.loads(next(iter(stream([merged.to_bytes()], make, one))))
-    rate = found["rows"] / max(found["seconds"], 1e-9) * session.scorers.size
-    score_seconds = rows * share / rate
+    def measured(n: int, make: Callable[[], Callable[[bytes], bytes]], pool: Pool) -> dict[str, float]:
+        own: list[tuple[str, Rendered] | None] = [None] * n
+        item = Chunk("", 0, n, examples[:n], rendered[:n], own).to_bytes()
+        return json.loads(next(iter(stream([item], make, replace(pool, size=1)))))
 
-    config = AutoConfig.from_pretrained(resolve(spec.reader.model), trust_remote_code=spec.reader.model.trust_remote_code)
-    cost = forward_cost(config)
+    ref = put(list(concepts))
+    pool = session.scorers
+    scored = measured(len(examples), partial(_worker, spec, ref, max(1, round(pool.cpus))), pool)
+    seconds = max(scored["seconds"], 1e-9)
+    lengths = np.array([r.stop for r in rendered])
+    mean = float(lengths.mean())
+    error = 1.96 * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
     deepest = None if needs.gradients else max(needs.layers | needs.generated, default=0)
-    loss_tokens = sum(r.end - r.start for r in rendered) if needs.gradients else 0
-    flops = cost.flops(lengths.tolist(), deepest, loss_tokens) / len(rendered) * rows * share
-    if needs.gradients:
-        flops += cost.gradient_flops(lengths.tolist(), min(needs.gradients), loss_tokens) / len(rendered) * rows * share
-    if needs.generated:
-        flops *= 2
-    broadcast = max((c.vectors.nbytes for c in concepts), default=0)
-    written = rows * (columns * PART_BYTES_PER_COLUMN + 40)
-    low, high = (mean - 1.96 * spread) * rows * share, (mean + 1.96 * spread) * rows * share
+    reach = "forward to the last layer and back" if deepest is None else f"forward to layer {deepest}"
+    columns = sum(len(s.columns()) for s in scorers)
+    written = manifest.rows * (columns * BYTES_PER_SCORE + BYTES_PER_ROW)
     lines = [
-        ("rows", f"{rows:,} in {len(manifest.files)} file(s), {len(manifest.units):,} units"),
-        ("rows that look bad", f"{(1 - share):.1%} of {seen} sampled" + (f" ({bad[0].reason}, …)" if bad else "")),
-        ("tokens a row", f"mean {mean:.0f}, median {np.median(lengths):.0f}, 95 % {np.quantile(lengths, 0.95):.0f}, largest {lengths.max()}"),
-        ("tokens", f"{mean * rows * share:,.0f} (95 % of the sampling error: {low:,.0f} to {high:,.0f})"),
-        ("forward FLOPs", f"{flops:.3g} (to layer {deepest if deepest is not None else 'L, and back'})"),
-        ("pool", f"{session.scorers.size} scorer(s) × {session.scorers.cpus:g} CPU, {session.scorers.gpus:g} GPU"),
-        ("calibration", f"{found['rows']} rows in {found['seconds']:.1f} s on one scorer: {found['tokens'] / max(found['seconds'], 1e-9):,.0f} tokens/s"),
-        ("scoring time", _duration(score_seconds)),
+        ("rows", f"{manifest.rows:,} in {len(manifest.files)} file(s), {len(manifest.units):,} units"),
+        ("bad rows", f"{1 - share:.1%} of {seen} sampled" + (f", the first: {bad[0].reason}" if bad else "")),
+        (
+            "tokens a row",
+            f"mean {mean:.0f}, median {np.median(lengths):.0f}, 95 % below {np.quantile(lengths, 0.95):.0f}, "
+            f"largest {lengths.max()} (of {len(lengths)} sampled)",
+        ),
+        ("tokens", f"{mean * good_rows:,.0f} ± {error * good_rows:,.0f} (95 % of the sampling error)"),
+        ("FLOPs", f"{_flops(spec, needs, rendered, deepest) * good_rows:.3g}, {reach}"),
+        ("pool", f"{pool.size} scorer(s) with {pool.cpus:g} CPU and {pool.gpus:g} GPU each"),
+        (
+            "calibration",
+            f"one scorer: {scored['rows'] / seconds:,.1f} rows/s, {scored['tokens'] / seconds:,.0f} tokens/s",
+        ),
+        ("scoring", _duration(good_rows * seconds / scored["rows"] / pool.size)),
     ]
     if needs.generated:
-        todo = min(rows, spec.generate_rows or rows) * share
-        few = replace(merged, examples=merged.examples[:GENERATED], rendered=rendered[:GENERATED], own=[None] * min(GENERATED, len(rendered)))
-        make_generation = partial(_generation_worker, spec)
-        made = json.loads(next(iter(stream([few.to_bytes()], make_generation, replace(session.engines, size=1)))))
-        seconds = todo * made["seconds"] / made["rows"] / session.engines.size
-        lines.append(("generation", f"{todo:,.0f} responses, at most {_duration(seconds)} (measured with {made['rows']} at a time)"))
+        made = measured(min(GENERATED, len(examples)), partial(_generation_worker, spec), session.engines)
+        todo = min(manifest.rows, spec.generate_rows or manifest.rows) * share
+        took = todo * made["seconds"] / made["rows"] / session.engines.size
+        lines.append(
+            ("generation", f"{todo:,.0f} responses, at most {_duration(took)} (measured {made['rows']:.0f} at a time)")
+        )
+    largest = max((c.vectors.nbytes for c in concepts), default=0)
     lines += [
-        ("bytes written", f"about {written / 1e6:,.1f} MB of score parts, and the rows that are kept"),
-        ("largest broadcast", f"{broadcast / 1e6:,.2f} MB (concept vectors)"),
+        ("bytes written", f"about {written / 1e6:,.1f} MB of scores, and the rows that are kept"),
+        ("broadcast", f"{largest / 1e6:,.2f} MB, the largest concept"),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _flops(spec: PlanSpec, needs: Needs, rendered: Sequence[Rendered], deepest: int | None) -> float:
+    """FLOPs a row."""
+    if not needs.model:
+        return 0.0
+    model = spec.reader.model
+    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=model.trust_remote_code)
+    cost = forward_cost(config)
+    lengths = [r.stop for r in rendered]
+    loss_tokens = sum(r.end - r.start for r in rendered) if needs.gradients else 0
+    total = cost.flops(lengths, deepest, loss_tokens)
+    if needs.gradients:
+        total += cost.gradient_flops(lengths, min(needs.gradients), loss_tokens)
+    if needs.generated:
+        total += cost.flops(lengths, max(needs.generated))
+    return total / len(rendered)
 
 
 def _duration(seconds: float) -> str:

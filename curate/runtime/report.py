@@ -22,8 +22,8 @@ from curate.reports.metrics import Ranking, ranking
 from curate.runtime.output import Output
 from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
-from curate.runtime.stage import StageResult
 from curate.runtime.select import Scores, SelectSpec, label_counts
+from curate.runtime.stage import StageResult
 from curate.selection.select import Decision
 
 
@@ -171,7 +171,10 @@ def _warnings(manifest: Manifest, scores: Scores, generations: str | None) -> tu
     for name, values in scores.columns.items():
         missing = int(np.isnan(values).sum())
         if name.startswith("projection_difference") and missing:
-            said.append(f"{name} covers {len(values) - missing:,} of {len(values):,} rows: the others have no response of the model.")
+            said.append(
+                f"{name} covers {len(values) - missing:,} of {len(values):,} rows: "
+                f"the others have no response of the model."
+            )
     if generations and storage.exists(storage.join(generations, "artifact.json")):
         facts = json.loads(storage.read_text(storage.join(generations, "artifact.json")))
         if not facts["row_reproducible"]:
@@ -194,12 +197,15 @@ def write_report(
     """Write report.html and summary.json; returns the figures."""
     place, column = spec.place, select.column
     columns = tuple(dict.fromkeys([column, *scores.columns]))
-    labels = None
+    labels: np.ndarray | None = None
     if scores.labels is not None and scores.labels.null_count < len(scores.labels):
         labels = np.asarray([x or "" for x in scores.labels.to_pylist()])
     positive = spec.positive_label if labels is not None else None
-    if positive is not None and not (labels == positive).any():
-        say(f"report: no row has the label {positive!r} (source.positive_label); there will be no precision-recall curve")
+    if positive is not None and labels is not None and positive not in set(labels.tolist()):
+        say(
+            f"report: no row has the label {positive!r} (source.positive_label); "
+            f"there will be no precision-recall curve"
+        )
         positive = None
     counts = {
         "rows": decision.n_rows,
@@ -210,9 +216,7 @@ def write_report(
     }
     dropped = label_counts(scores.labels, ~decision.keep) if labels is not None and scores.labels is not None else {}
     outputs = [("score", select.scores)] + ([("generate", Output(spec.generations))] if spec.generations else [])
-    timings = tuple(
-        (t["stage"], float(t["seconds"]), int(t["rows"]), int(t["tokens"])) for t in place.read_timings()
-    )
+    timings = tuple((t["stage"], float(t["seconds"]), int(t["rows"]), int(t["tokens"])) for t in place.read_timings())
     data = ReportData(
         title=spec.title,
         recipe=json.loads(recipe.to_json()) if recipe else {},
@@ -258,7 +262,9 @@ def headline(summary: Summary) -> list[tuple[str, str]]:
         if r is not None:
             a = r.average_precision
             band = f" [{a.low:.3f}, {a.high:.3f}]" if a.low is not None and a.high is not None else ""
-            text = f"AUC-PR {a.value:.3f}{band}, ROC-AUC {r.roc_auc.value:.3f}, {r.rows} rows, base rate {r.base_rate:.3f}"
+            text = (
+                f"AUC-PR {a.value:.3f}{band}, ROC-AUC {r.roc_auc.value:.3f}, {r.rows} rows, base rate {r.base_rate:.3f}"
+            )
             rows.append((name, text))
     return rows
 

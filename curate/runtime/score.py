@@ -21,7 +21,7 @@ from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
-from curate.models.load import ModelSpec, load_model
+from curate.models.load import load_model
 from curate.runtime.output import Output
 from curate.runtime.progress import Progress
 from curate.runtime.reader import ReaderSpec, read_chunks, work_items

@@ -21,7 +21,7 @@ from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import FileEntry, Manifest
 from curate.errors import ConfigError, near
-from curate.runtime.output import Output, read_parts
+from curate.runtime.output import Output, claim, read_parts
 from curate.runtime.progress import Progress
 from curate.runtime.score import PART_COLUMNS
 from curate.runtime.stream import fetch, map_tasks, put
@@ -158,7 +158,7 @@ def select(
         ConfigError: the rule cannot be met (see `Rule` and `decide`).
         RecipeError: the place holds a selection by another rule or other scores.
     """
-    Output(storage.join(spec.ledger, "_made")).open(recipe)
+    claim(storage.join(spec.ledger, "_recipe.json"), recipe, spec.ledger)
     storage.check_writable(spec.curated)
     groups = scores.groups if spec.rule.per_group else None
     decision = decide(scores.columns[spec.column], spec.rule, groups)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -25,7 +26,7 @@ class Pool:
 
     @staticmethod
     def retries() -> dict[str, int]:
-        """How often an actor is replaced and a call repeated: bounded, so that a row which kills every worker ends the job."""
+        """How often an actor is replaced and a call repeated: bounded, so that a deadly row ends the job."""
         return {"max_restarts": 20, "max_task_retries": 5}
 
 
@@ -63,7 +64,10 @@ def _start(spec: ClusterSpec) -> None:
     # A Ray that is embedded here must not report usage or start a dashboard nobody asked for.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": bool(os.environ.get("CURATE_WORKER_LOGS"))}
+    quiet: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": bool(os.environ.get("CURATE_WORKER_LOGS")),
+    }
     inside = os.environ.get("RAY_ADDRESS")
     if spec.address == "existing" or inside:
         address = spec.ray_address if spec.address == "existing" else inside
@@ -75,7 +79,7 @@ def _start(spec: ClusterSpec) -> None:
                 f"`ray start --head`, give its address, or use cluster=local."
             ) from e
         return
-    memory = {"object_store_memory": int(spec.object_store_gb * 2**30)} if spec.object_store_gb else {}
+    memory: dict[str, Any] = {"object_store_memory": int(spec.object_store_gb * 2**30)} if spec.object_store_gb else {}
     ray.init(address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory)
 
 

@@ -77,7 +77,7 @@ def stream(
     if not items:
         return
     size = min(pool.size, len(items)) if read is None else pool.size
-    data = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
+    data: ray.data.Dataset = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
     if read is not None:
         data = data.map_batches(_reading(read), batch_size=1, num_cpus=reader_cpus)
     data = data.map_batches(

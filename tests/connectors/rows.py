@@ -23,7 +23,9 @@ def conversations(n: int) -> list[dict[str, Any]]:
     return [conversation(i) for i in range(n)]
 
 
-def scan(connector: Connector, url: str, unit_rows: int = 100, unit_bytes: int | None = None) -> tuple[FileEntry, list[Unit]]:
+def scan(
+    connector: Connector, url: str, unit_rows: int = 100, unit_bytes: int | None = None
+) -> tuple[FileEntry, list[Unit]]:
     info = storage.info(url)
     assert info is not None
     return connector.scan(info, unit_rows, unit_bytes)

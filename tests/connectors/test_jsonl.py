@@ -85,7 +85,13 @@ def test_wanted_ranges_only(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_curate_is_byte_for_byte(place: str, kind: str) -> None:
     # Odd spacing, CRLF, escapes, big numbers, broken lines, blank lines and no line end at the end of the file.
-    raw = [b'{"a" :  1e400, "\\u00e4":"\\ud83d"}\r\n', b"\n", b"{broken\n", b'{"n":12345678901234567890.10}\n', b" \t\r\n"]
+    raw = [
+        b'{"a" :  1e400, "\\u00e4":"\\ud83d"}\r\n',
+        b"\n",
+        b"{broken\n",
+        b'{"n":12345678901234567890.10}\n',
+        b" \t\r\n",
+    ]
     raw += [b'{"c":"\xff"}\n', b'{"last": "\xc3\xbc"}']
     url, out = storage.join(place, f"in{kind}"), storage.join(place, f"out{kind}")
     storage.write_atomic(url, pack(b"".join(raw), kind))
@@ -119,7 +125,9 @@ def test_the_command_line_tools_read_it(tmp_path: Path) -> None:
     storage.write_atomic(url, pack(raw, ".gz"))
     entry, _ = scan(JSONL, url)
     JSONL.curate(entry, str(tmp_path / "out.jsonl.gz"), np.ones(50, bool))
-    assert subprocess.run(["gzip", "-dc", str(tmp_path / "out.jsonl.gz")], capture_output=True, check=True).stdout == raw
+    assert (
+        subprocess.run(["gzip", "-dc", str(tmp_path / "out.jsonl.gz")], capture_output=True, check=True).stdout == raw
+    )
     if shutil.which("zstd"):
         storage.write_atomic(str(tmp_path / "in.zst"), pack(raw, ".zst"))
         entry, _ = scan(JSONL, str(tmp_path / "in.zst"))
@@ -213,7 +221,9 @@ def test_a_line_past_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(lines, "MAX_LINE", 1 << 20)
     url = str(tmp_path / "a.jsonl")
     storage.write_atomic(url, b'{"n": 0}\n' + b"\x00" * (3 << 20))
-    with pytest.raises(CorpusError, match=r"a\.jsonl has a line longer than 1 MiB at byte 9; is it a file of JSON lines"):
+    with pytest.raises(
+        CorpusError, match=r"a\.jsonl has a line longer than 1 MiB at byte 9; is it a file of JSON lines"
+    ):
         scan(JSONL, url)
 
 
@@ -253,7 +263,9 @@ def test_truncated_plain_file(tmp_path: Path) -> None:
     url = str(tmp_path / "a.jsonl")
     whole = text_of(conversations(30))
     storage.write_atomic(url, whole[:-20])
-    with pytest.raises(CorpusError, match=r"a\.jsonl is cut off in the middle: row 29, its last, .* Copy the file again"):
+    with pytest.raises(
+        CorpusError, match=r"a\.jsonl is cut off in the middle: row 29, its last, .* Copy the file again"
+    ):
         scan(JSONL, url)
     storage.write_atomic(url, whole[:-1])  # only the line end is missing: nothing is lost
     assert scan(JSONL, url)[0].rows == 30

@@ -109,7 +109,11 @@ def test_curated_shard_differs_in_its_rows_only(tmp_path: Path, settings: dict[s
     if keep.any():
         for i in range(source.metadata.num_columns):
             a, b = source.metadata.row_group(0).column(i), target.metadata.row_group(0).column(i)
-            assert (a.path_in_schema, a.compression, a.physical_type) == (b.path_in_schema, b.compression, b.physical_type)
+            assert (a.path_in_schema, a.compression, a.physical_type) == (
+                b.path_in_schema,
+                b.compression,
+                b.physical_type,
+            )
             assert a.has_dictionary_page == b.has_dictionary_page
 
 
@@ -119,7 +123,9 @@ def test_truncated(tmp_path: Path, cut: int) -> None:
     write(url, rich_table())
     raw = Path(url).read_bytes()
     Path(url).write_bytes(raw[:cut])
-    with pytest.raises(CorpusError, match=r"a\.parquet is cut off or broken, or no Parquet file: .* Copy the file again"):
+    with pytest.raises(
+        CorpusError, match=r"a\.parquet is cut off or broken, or no Parquet file: .* Copy the file again"
+    ):
         scan(PARQUET, url)
 
 

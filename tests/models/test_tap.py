@@ -136,5 +136,7 @@ def test_parts(model):
     embeddings, blocks, norm, head = decoder_parts(model)
     assert len(blocks) == n_layers(model) == 3
     assert width(model) == 32
-    assert norm is not None and "norm" in type(norm).__name__.lower()
-    assert embeddings is model.get_input_embeddings() and head is model.get_output_embeddings()
+    assert norm is not None
+    assert "norm" in type(norm).__name__.lower()
+    assert embeddings is model.get_input_embeddings()
+    assert head is model.get_output_embeddings()
