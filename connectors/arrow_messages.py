@@ -52,6 +52,15 @@ class _Table:
         place = self._place(field)
         return default if place is None else int(struct.unpack_from(form, self._buffer, place)[0])
 
+    def first(self, field: int, form: str) -> int | None:
+        """First element of a vector of structs or numbers, None if there is none."""
+        place = self._place(field)
+        if place is None:
+            return None
+        (offset,) = struct.unpack_from("<I", self._buffer, place)
+        (length,) = struct.unpack_from("<I", self._buffer, place + offset)
+        return int(struct.unpack_from(form, self._buffer, place + offset + 4)[0]) if length else None
+
     def table(self, field: int) -> _Table | None:
         place = self._place(field)
         if place is None:
@@ -72,6 +81,9 @@ def _parse(metadata: bytes, offset: int, body_at: int) -> Message:
         batch = message.table(2) if kind == "batch" else None
         if batch:
             rows = batch.number(0, "<q")
+            # The first column's own count: a broken number must not pass for a billion rows.
+            if rows < 0 or batch.first(1, "<q") not in (None, rows):
+                raise EOFError(f"the record batch at byte {offset} is broken: {rows} rows")
             compression = batch.table(3)
             codec = _CODECS.get(compression.number(0, "<b")) if compression else None
     except struct.error as e:

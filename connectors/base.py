@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,8 +74,14 @@ class Connector(ABC):
             StorageError: source or target fails.
         """
 
-    def finalize(self, source_url: str, target_url: str) -> None:
-        """Once all shards are curated: write what the format keeps beside them. Most formats keep nothing."""
+    def finalize(self, source_url: str, target_url: str, keys: Collection[str] | None = None) -> None:
+        """Once all shards are curated: write what the format keeps beside them. Most formats keep nothing.
+
+        `keys` are the shards that were curated, all by default; the others count as having no kept rows.
+
+        Raises:
+            CorpusError: a shard among `keys` is missing at the target.
+        """
         return None
 
 
@@ -119,6 +125,6 @@ def content_digest(info: FileInfo, footer: bytes = b"") -> str:
             return h.hexdigest()
         h.update(f"sampled {info.size} {len(footer)} ".encode() + footer)
         for i in range(_SAMPLES):
-            f.seek((info.size - _SAMPLE) * i // (_SAMPLES - 1))
+            f.seek(max(0, info.size - _SAMPLE) * i // (_SAMPLES - 1))
             h.update(f.read(_SAMPLE))
     return h.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class HfDisk(Connector):
     def curate(self, entry: FileEntry, target_url: str, keep: Bool[np.ndarray, " rows"]) -> int:
         return _ARROW.curate(entry, target_url, keep)
 
-    def finalize(self, source_url: str, target_url: str) -> None:
+    def finalize(self, source_url: str, target_url: str, keys: Collection[str] | None = None) -> None:
         """Write state.json, dataset_info.json and dataset_dict.json of the curated dataset, the telling ones last."""
         listed = storage.list_files(source_url)
         for folder in _folders(source_url, listed):
@@ -50,9 +50,10 @@ class HfDisk(Connector):
             state = _load(storage.join(source, STATE))
             rows, size, digest = 0, 0, hashlib.blake2b(str(state.get("_fingerprint")).encode(), digest_size=8)
             for name in _data_files(state, source):
-                info = storage.info(storage.join(target, name))
-                if info is None:
-                    raise CorpusError(f"{storage.join(target, name)} is missing: not all shards are curated yet.")
+                key = f"{folder}/{name}" if folder else name
+                if keys is not None and key not in keys:
+                    _write_empty(storage.join(source, name), storage.join(target, name))
+                info = storage.info(storage.join(target, name)) or _empty_too(source, target, name)
                 entry, _ = _ARROW.scan(info, unit_rows=1 << 30)
                 rows, size = rows + entry.rows, size + info.size
                 digest.update(entry.digest.encode())
@@ -89,6 +90,25 @@ def data_files(url: str, listed: Sequence[FileInfo]) -> list[FileInfo]:
                 )
             out.append(have[key])
     return out
+
+
+def _write_empty(source: str, target: str) -> None:
+    info = storage.info(source)
+    if info is None:
+        raise CorpusError(f"{source} is missing, though {STATE} names it. Copy the dataset again.")
+    entry, _ = _ARROW.scan(info, unit_rows=1 << 30)
+    _ARROW.curate(entry, target, np.zeros(entry.rows, dtype=bool))
+
+
+def _empty_too(source: str, target: str, name: str) -> FileInfo:
+    """A shard without rows may have been passed over; the dataset needs its file all the same."""
+    info = storage.info(storage.join(source, name))
+    if info and _ARROW.scan(info, unit_rows=1 << 30)[0].rows == 0:
+        _write_empty(info.url, storage.join(target, name))
+    written = storage.info(storage.join(target, name))
+    if written is None:
+        raise CorpusError(f"{storage.join(target, name)} is missing: not all shards are curated yet.")
+    return written
 
 
 def _folders(url: str, listed: Sequence[FileInfo]) -> list[str]:

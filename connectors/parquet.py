@@ -1,5 +1,8 @@
 """Parquet. A unit is some whole small row groups or a part of a large one; `hint` is the row group of its start.
 
+A row group can only be read from its start, so that its last row costs as much as all of it. A very large one is
+therefore cut into few units, each of which is read in several parts.
+
 Curated shards keep schema, metadata, compression and dictionary encoding, column by column.
 """
 
@@ -18,6 +21,7 @@ from connectors.base import Connector, Range, Row, check_keep, check_ranges, con
 from connectors.storage import FileInfo
 from curate.corpus.units import FileEntry, Unit
 
+_MOST_UNITS = 16  # of one row group: they decode it 8 times over together, which is little beside any model
 _GROUP_BYTES = 128 << 20  # of kept rows, in memory, before a row group is written
 
 
@@ -98,8 +102,8 @@ def _batch_rows(meta: pq.FileMetaData) -> int:
 def _units(meta: pq.FileMetaData, info: FileInfo, unit_rows: int, unit_bytes: int | None) -> list[Unit]:
     units: list[Unit] = []
 
-    def add(start: int, stop: int, group: int) -> None:
-        units.append(Unit(info.name, info.url, start, stop, stop - start, group))
+    def add(start: int, stop: int, group: int, step: int) -> None:
+        units.append(Unit(info.name, info.url, start, stop, min(step, stop - start), group))
 
     at = 0
     n = first = 0  # rows gathered from small groups, which end at row `at`, and the first of these groups
@@ -109,17 +113,19 @@ def _units(meta: pq.FileMetaData, info: FileInfo, unit_rows: int, unit_bytes: in
         if unit_bytes is not None:
             limit = min(limit, max(1, unit_bytes * group.num_rows // max(1, group.total_byte_size)))
         if n and n + group.num_rows > limit:
-            add(at - n, at, first)
+            add(at - n, at, first, n)
             n = 0
         if group.num_rows <= limit:
             first = first if n else i
             n += group.num_rows
         else:
-            for start in range(at, at + group.num_rows, limit):
-                add(start, min(start + limit, at + group.num_rows), i)
+            parts = -(-group.num_rows // limit)
+            length = limit * -(-parts // _MOST_UNITS)
+            for start in range(at, at + group.num_rows, length):
+                add(start, min(start + length, at + group.num_rows), i, limit)
         at += group.num_rows
     if n:
-        add(at - n, at, first)
+        add(at - n, at, first, n)
     return units
 
 

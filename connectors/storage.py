@@ -198,7 +198,7 @@ def open_read(url: str) -> BinaryIO:
     elif kind == "memory":
         # fsspec's memory files are shared between readers: each needs a position of its own.
         with told(url, "read"):
-            return io.BytesIO(fs.cat_file(path))
+            raw = io.BytesIO(fs.cat_file(path))
     else:
         raw = _again(url, "read", lambda: fs.open(path, "rb", block_size=READ_BLOCK))
     return cast(BinaryIO, io.BufferedReader(_Reading(raw, url), 1 << 18))

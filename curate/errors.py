@@ -30,6 +30,10 @@ class ConceptError(CurateError):
     """A concept file is broken or belongs to another model, width or layer."""
 
 
+class WorkerError(CurateError):
+    """Workers died more often than they are replaced."""
+
+
 class RecipeError(CurateError):
     """The output place already holds the product of another recipe."""
 

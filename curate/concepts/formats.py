@@ -23,15 +23,17 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import gguf
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from connectors import storage
 from curate.errors import ConceptError, near
+
+if TYPE_CHECKING:
+    import gguf
 
 # How the activations were pooled when a vector was made: mean over the response, last token of the prompt, last token
 # of the whole text (repeng), mean over the prompt, mean over the whole text (cvector-generator).
@@ -101,6 +103,8 @@ def read_gguf(url: str) -> ReadVectors:
     Raises:
         ConceptError: not a GGUF file, cut off, another architecture, or no `direction.N` tensor in it.
     """
+    import gguf  # only this one format should pay for it
+
     path = storage.local_copy(url)
     try:
         reader = gguf.GGUFReader(path)

@@ -6,14 +6,15 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from curate.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,6 +41,8 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the adapter was made for another base: a module is not there, has another shape, or is left out.
     """
+    from peft import PeftModel, get_peft_model_state_dict  # costs a second, and few models have an adapter
+
     check_folder(folder)
     made_for = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     refusal = f"the adapter {folder} (made for {made_for!r}) does not fit {type(model).__name__}"

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from curate.errors import ModelError
 from curate.models.cache import cached_folder
@@ -30,6 +29,8 @@ def dequantise(path: Path) -> Path:
             raise ModelError(f"{path} is not a GGUF file (it does not begin with 'GGUF')")
 
     def build(target: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # seconds; once in a model's life
+
         log.info("dequantising %s (%.0f MB), once", path.name, path.stat().st_size / 1e6)
         where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         try:

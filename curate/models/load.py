@@ -9,17 +9,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from curate.errors import ConfigError, ModelError, near
 from curate.models import adapter as lora
@@ -28,6 +21,9 @@ from curate.models.complete import check_complete
 from curate.models.digest import file_digest, folder_digest
 from curate.models.gguf import dequantise
 from curate.models.locate import locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES: dict[Literal["float32", "bfloat16", "float16"], torch.dtype] = {
     "float32": torch.float32,
@@ -174,6 +170,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         ModelError: it cannot be loaded (the reason is in the message), or the adapter belongs to another base.
         ConfigError: an unknown device or dtype.
     """
+    from transformers import AutoModelForCausalLM  # seconds, which tasks that only tokenise should not pay
+
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     folder, adapter = resolve(spec), resolve_adapter(spec)

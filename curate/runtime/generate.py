@@ -140,12 +140,13 @@ def generate(
     left = sum(b - a for _, ranges in remaining for a, b in ranges)
     progress = Progress("generate", manifest.rows, manifest.rows - left)
     peak = 0
+    n_chunks = sum(len(ranges) for _, ranges in remaining)
     if remaining:
         reader = replace(spec.reader, generations=None, prompts_only=True)
         pool = session.engines
         make = partial(_worker, replace(spec, reader=reader), max(1, round(pool.cpus)))
         read = partial(read_chunks, spec=reader)
-        for answer in stream(work_items(remaining), make, pool, read, session.reader_cpus):
+        for answer in stream(work_items(remaining), make, pool, read, session.reader_cpus, n_chunks):
             done = json.loads(answer)
             progress.add(done["rows"], done["tokens"], done["bad"])
             peak = max(peak, done["rss"])

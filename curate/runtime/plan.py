@@ -161,7 +161,7 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
         ("pool", f"{pool.size} scorer(s) with {pool.cpus:g} CPU and {pool.gpus:g} GPU each"),
         (
             "calibration",
-            f"one scorer: {scored['rows'] / seconds:,.1f} rows/s, {scored['tokens'] / seconds:,.0f} tokens/s",
+            f"{scored['rows'] / seconds:,.1f} rows/s, {scored['tokens'] / seconds:,.0f} tokens/s with one scorer",
         ),
         ("scoring", _duration(good_rows * seconds / scored["rows"] / pool.size)),
     ]

@@ -130,11 +130,12 @@ def score(
     progress = Progress("score", manifest.rows, manifest.rows - left)
     allowed = max_bad_fraction * manifest.rows
     peak = 0
+    n_chunks = sum(len(ranges) for _, ranges in remaining)
     if remaining:
         ref = put(list(concepts))
         make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
         answers = stream(
-            work_items(remaining), make, session.scorers, partial(read_chunks, spec=spec.reader), session.reader_cpus
+            work_items(remaining), make, session.scorers, partial(read_chunks, spec=spec.reader), session.reader_cpus, n_chunks
         )
         for answer in answers:
             done = json.loads(answer)

@@ -169,7 +169,8 @@ def select(
     jobs = [(f, scores.spans[f.key]) for f in todo]
     for _, n, _ in map_tasks(partial(_run_job, spec=spec, ref=[ref]), jobs):
         bar.add(n)
-    registry.connectors()[spec.format].finalize(spec.source_root, spec.curated)
+    made = {f.key for f in manifest.files if f.rows}
+    registry.connectors()[spec.format].finalize(spec.source_root, spec.curated, made)
     bar.close()
     return decision
 

@@ -80,6 +80,8 @@ def _start(spec: ClusterSpec) -> None:
             ) from e
         return
     memory: dict[str, Any] = {"object_store_memory": int(spec.object_store_gb * 2**30)} if spec.object_store_gb else {}
+    # Ray's native log goes to its files; on the terminal it would stand between the lines of progress.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory)
 
 

@@ -7,19 +7,26 @@ holds one item, so that what a reader yields is what one actor call gets, whatev
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 
-from curate.errors import CurateError
+from curate.errors import CurateError, WorkerError
 from curate.runtime.session import Pool
 
 log = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 DEAD_DEVICE_EXIT = 13
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+)
 
 
 def _column(values: Sequence[bytes]) -> np.ndarray:
@@ -60,15 +67,32 @@ def cause(error: BaseException) -> BaseException:
     return error
 
 
+def _worded(error: ray.exceptions.RayError) -> BaseException:
+    """What to raise for an error of Ray: the user-facing one within it; a death of workers in words; else itself."""
+    found = cause(error)
+    if isinstance(found, CurateError):
+        return found
+    if isinstance(error, _DEATHS):
+        first = str(error).strip().splitlines()[0]
+        return WorkerError(
+            f"a worker died again and again, so the job was ended ({first}). The usual cause is too little memory: lower "
+            f"cluster.token_budget or cluster.workers. Workers' logs lie below /tmp/ray/session_latest/logs, or set "
+            f"CURATE_WORKER_LOGS=1. What was committed stays; the same command goes on from there."
+        )
+    return error
+
+
 def stream(
     items: Sequence[bytes],
     make_worker: Callable[[], Callable[[bytes], bytes]],
     pool: Pool,
     read: Callable[[bytes], Iterator[bytes]] | None = None,
     reader_cpus: float = 0.25,
+    chunks: int = 0,
 ) -> Iterator[bytes]:
     """Stream `items` through readers and the pool; yields each worker's answer as it comes, in any order.
 
+    `chunks` is how many the items give when read, if more than one each: no more actors than chunks are started.
     `make_worker` runs once in each actor's constructor (and again in one that replaces it).
 
     Raises:
@@ -76,27 +100,27 @@ def stream(
     """
     if not items:
         return
-    size = min(pool.size, len(items)) if read is None else pool.size
+    size = min(pool.size, max(len(items), chunks))
     data: ray.data.Dataset = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
     if read is not None:
         data = data.map_batches(_reading(read), batch_size=1, num_cpus=reader_cpus)
-    data = data.map_batches(
-        _Stage,
-        fn_constructor_args=(make_worker,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus or None,
-        ray_remote_args_fn=pool.retries,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to bound the retries, which are endless by default, and warns of the next one.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        data = data.map_batches(
+            _Stage,
+            fn_constructor_args=(make_worker,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+            **pool.retries(),
+        )
     try:
         for row in data.iter_rows():
             yield row["item"]
     except ray.exceptions.RayError as e:
-        found = cause(e)
-        if isinstance(found, CurateError):
-            raise found from None
-        raise
+        raise _worded(e) from e
 
 
 def put(value: Any) -> ray.ObjectRef:
@@ -126,5 +150,4 @@ def map_tasks(fn: Callable[[Any], Any], items: Sequence[Any], cpus: float = 0.5)
                 at += 1
             yield ray.get(waiting.pop(0))
     except ray.exceptions.RayError as e:
-        found = cause(e)
-        raise (found if isinstance(found, CurateError) else e) from None
+        raise _worded(e) from e

@@ -229,17 +229,13 @@ def test_a_line_past_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("kind", [".gz", ".zst"])
 def test_every_truncation_of_a_compressed_file_is_noticed(tmp_path: Path, kind: str) -> None:
-    whole = pack(text_of(conversations(300)), kind)
+    raw = text_of(conversations(300))
+    whole = gzip.compress(raw) if kind == ".gz" else zstandard.compress(raw)
     url = str(tmp_path / f"a.jsonl{kind}")
     storage.write_atomic(url, whole)
     entry, (unit,) = scan(JSONL, url)
-    for cut in {0, 1, len(whole) - 1, *random.Random(0).sample(range(5, len(whole)), 40)}:
+    for cut in {0, len(whole) - 1, *random.Random(0).sample(range(5, len(whole)), 40)}:
         storage.write_atomic(url, whole[:cut])
-        try:
-            assert gzip.decompress(whole[:cut]) and kind == ".gz"
-            continue  # cut exactly between two members: a whole file
-        except (EOFError, OSError):
-            pass
         with pytest.raises(CorpusError, match=rf"a\.jsonl{kind} is cut off"):
             scan(JSONL, url)
         with pytest.raises(CorpusError):

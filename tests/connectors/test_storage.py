@@ -324,41 +324,6 @@ def test_writers_of_one_file_at_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_local_copy_of_a_folder(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CURATE_CACHE", str(tmp_path / "cache"))
-    for name in ("config.json", "deep/weights.bin", "_private", ".hidden"):
-        storage.write_atomic(f"{s3}/model/{name}", name * 1000)
-    copy = storage.local_copy(f"{s3}/model")
-    found = {str(p.relative_to(copy)): p.read_text() for p in copy.rglob("*") if p.is_file()}
-    assert found == {n: n * 1000 for n in ("config.json", "deep/weights.bin", "_private", ".hidden")}
-    assert storage.local_copy(f"{s3}/model/") == copy
-    storage.write_atomic(f"{s3}/model/config.json", "changed")
-    newer = storage.local_copy(f"{s3}/model")
-    assert newer != copy
-    assert (newer / "config.json").read_text() == "changed"
-    one = storage.local_copy(f"{s3}/model/config.json")
-    assert one.name == "config.json"
-    assert one.read_text() == "changed"
-
-
-def test_local_copy_that_fails_leaves_nothing(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CURATE_CACHE", str(tmp_path / "cache"))
-    for i in range(3):
-        storage.write_atomic(f"{s3}/model/{i}", "x" * 1000)
-    real, calls = storage.open_read, []
-
-    def fail_on_second(url: str) -> object:
-        calls.append(url)
-        if len(calls) == 2:
-            raise StorageError("gone")
-        return real(url)
-
-    monkeypatch.setattr(storage, "open_read", fail_on_second)
-    with pytest.raises(StorageError, match="gone"):
-        storage.local_copy(f"{s3}/model")
-    assert list((tmp_path / "cache" / "files").iterdir()) == []
-
-
 def test_transient_failures_are_tried_again(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_WAIT", wait_none())
     storage.write_atomic(f"{s3}/x", "here")
