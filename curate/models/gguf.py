@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-
 from curate.errors import ModelError
 from curate.models.cache import cached_folder
 from curate.models.complete import check_complete

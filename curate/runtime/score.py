@@ -134,10 +134,8 @@ def score(
     if remaining:
         ref = put(list(concepts))
         make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
-        answers = stream(
-            work_items(remaining), make, session.scorers, partial(read_chunks, spec=spec.reader), session.reader_cpus, n_chunks
-        )
-        for answer in answers:
+        read = partial(read_chunks, spec=spec.reader)
+        for answer in stream(work_items(remaining), make, session.scorers, read, session.reader_cpus, n_chunks):
             done = json.loads(answer)
             progress.add(done["rows"], done["tokens"], done["bad"])
             peak = max(peak, done["rss"])

@@ -25,7 +25,7 @@ class Pool:
     gpus: float
 
     @staticmethod
-    def retries() -> dict[str, int]:
+    def retries() -> dict[str, Any]:
         """How often an actor is replaced and a call repeated: bounded, so that a deadly row ends the job."""
         return {"max_restarts": 20, "max_task_retries": 5}
 

@@ -92,7 +92,7 @@ def stream(
 ) -> Iterator[bytes]:
     """Stream `items` through readers and the pool; yields each worker's answer as it comes, in any order.
 
-    `chunks` is how many the items give when read, if more than one each: no more actors than chunks are started.
+    `chunks` is how many the items give when read, if more than one each: no more actors than that are started.
     `make_worker` runs once in each actor's constructor (and again in one that replaces it).
 
     Raises:
