@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, default=1024, help="longest row")
     p.add_argument("--token-budget", type=int, default=4096, help="tokens of a batch, padding included")
     p.add_argument("--cpus", type=int, default=psutil.cpu_count(), help="CPUs that Ray is given; readers use the rest")
+    p.add_argument("--reader-cpus", type=float, default=ClusterSpec.reader_cpus, help="CPUs of a reader task")
     p.add_argument("--seed", type=int, default=0, help="of the direction that is projected on")
     return p
 
@@ -139,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         units = _units(work / "corpus", args.unit_rows)
         settings |= {"rows": rows, "units": len(units), "workers": 1}
         bare.run(units[: len(units) // 2], work / "bare")
-        cluster = ClusterSpec(cpus=args.cpus, gpus=0, workers=1, token_budget=args.token_budget)
+        cluster = ClusterSpec(
+            cpus=args.cpus, gpus=0, workers=1, token_budget=args.token_budget, reader_cpus=args.reader_cpus
+        )
         output = str(work / "scores")
         run = run_stage(str(work / "corpus"), output, model, concept, cluster, args.unit_rows, args.max_tokens)
         bare.run(units[len(units) // 2 :], work / "bare")

@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--unit-rows", type=int, default=512, help="rows that are scored and committed at a time")
     p.add_argument("--workers", type=int, default=1, help="scoring actors; the other CPUs read")
     p.add_argument("--cpus", type=int, default=psutil.cpu_count(), help="CPUs that Ray is given")
+    p.add_argument("--reader-cpus", type=float, default=ClusterSpec.reader_cpus, help="CPUs of a reader task")
     p.add_argument("--object-store-gb", type=float, default=None, help="default: Ray's own")
     p.add_argument("--interval", type=float, default=0.5, help="seconds between samples of memory")
     p.add_argument("--seed", type=int, default=0)
@@ -113,7 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             str(tiny_model.save(work / "model", vocabulary(), args.layers, args.width)), dtype="float32", device="cpu"
         )
         concept, layer = demo_rows.random_concept(model, max(1, args.layers - 1), args.seed)
-        cluster = ClusterSpec(cpus=args.cpus, gpus=0, workers=args.workers, object_store_gb=args.object_store_gb)
+        cluster = ClusterSpec(
+            cpus=args.cpus,
+            gpus=0,
+            workers=args.workers,
+            reader_cpus=args.reader_cpus,
+            object_store_gb=args.object_store_gb,
+        )
         with MemorySampler(ray_group, args.interval, spilled_bytes()) as memory:
             run = run_stage(str(work / "corpus"), str(work / "scores"), model, concept, cluster, args.unit_rows, 2048)
     settings |= {"layer": layer, "corpus_bytes": size, "parts": len(run.commits), "tokens": run.result.tokens}

@@ -49,3 +49,7 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"curate {job}", *sys.argv[2:]]
     importlib.import_module(f"jobs.{job}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ holds one item, so that what a reader yields is what one actor call gets, whatev
 
 from __future__ import annotations
 
-import logging
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import ray
 
+from curate import errors
 from curate.errors import CurateError, WorkerError
 from curate.runtime.session import Pool
 
-log = logging.getLogger(__name__)
-
-Item = dict[str, Any]
 DEAD_DEVICE_EXIT = 13
 _DEATHS = (
     ray.exceptions.RayActorError,
@@ -29,55 +27,61 @@ _DEATHS = (
 )
 
 
-def _column(values: Sequence[bytes]) -> np.ndarray:
-    out = np.empty(len(values), dtype=object)
-    out[:] = list(values)
-    return out
+def _row(item: bytes = b"", error: CurateError | None = None) -> dict[str, np.ndarray]:
+    """A block of one row. Errors travel as data: of an exception raised in Ray Data only the text arrives."""
+    value = np.empty(1, dtype=object)
+    value[0] = item
+    return {"item": value, "error": np.array(["" if error is None else json.dumps([type(error).__name__, str(error)])])}
 
 
 def _reading(read: Callable[[bytes], Iterator[bytes]]) -> Callable:
     def step(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for item in batch["item"]:
-            for chunk in read(item):
-                yield {"item": _column([chunk])}
+        try:
+            for chunk in read(batch["item"][0]):
+                yield _row(chunk)
+        except CurateError as e:
+            yield _row(error=e)
 
     return step
 
 
 class _Stage:
-    """Calls the worker with one item's bytes and returns its summary."""
+    """Calls the worker with one item's bytes and returns its answer."""
 
     def __init__(self, make: Callable[[], Callable[[bytes], bytes]]) -> None:
-        self.work = make()
+        self.failed: CurateError | None = None
+        try:
+            self.work = make()
+        except CurateError as e:  # said with the first item; raised here it would only restart the actor
+            self.failed = e
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"item": _column([self.work(item) for item in batch["item"]])}
+        if batch["error"][0]:
+            return batch
+        if self.failed is not None:
+            return _row(error=self.failed)
+        try:
+            return _row(self.work(batch["item"][0]))
+        except CurateError as e:
+            return _row(error=e)
 
 
-def cause(error: BaseException) -> BaseException:
-    """The user-facing error inside what Ray raised, or the error itself."""
-    seen: set[int] = set()
-    at: BaseException | None = error
-    while at is not None and id(at) not in seen:
-        if isinstance(at, CurateError):
-            return at
-        seen.add(id(at))
-        inner = getattr(at, "cause", None)
-        at = inner if isinstance(inner, BaseException) else (at.__cause__ or at.__context__)
-    return error
+def _raise(told: str) -> None:
+    name, message = json.loads(told)
+    raise getattr(errors, name, CurateError)(message)
 
 
 def _worded(error: ray.exceptions.RayError) -> BaseException:
     """What to raise for an error of Ray: the user-facing one within it; a death of workers in words; else itself."""
-    found = cause(error)
-    if isinstance(found, CurateError):
-        return found
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, CurateError):
+        return inner
     if isinstance(error, _DEATHS):
         first = str(error).strip().splitlines()[0]
         return WorkerError(
-            f"a worker died again and again, so the job was ended ({first}). The usual cause is too little memory: lower "
-            f"cluster.token_budget or cluster.workers. Workers' logs lie below /tmp/ray/session_latest/logs, or set "
-            f"CURATE_WORKER_LOGS=1. What was committed stays; the same command goes on from there."
+            f"a worker died again and again, so the job was ended ({first}). The usual cause is too little memory: "
+            f"lower cluster.token_budget or cluster.workers. Workers' logs lie below /tmp/ray/session_latest/logs, or "
+            f"set CURATE_WORKER_LOGS=1. What was committed stays; the same command goes on from there."
         )
     return error
 
@@ -97,11 +101,14 @@ def stream(
 
     Raises:
         CurateError: raised in a reader or a worker; the first one ends the stream.
+        WorkerError: workers died more often than they are replaced.
     """
     if not items:
         return
     size = min(pool.size, max(len(items), chunks))
-    data: ray.data.Dataset = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
+    data: ray.data.Dataset = ray.data.from_items(
+        [{"item": i, "error": ""} for i in items], override_num_blocks=len(items)
+    )
     if read is not None:
         data = data.map_batches(_reading(read), batch_size=1, num_cpus=reader_cpus)
     with warnings.catch_warnings():
@@ -118,6 +125,8 @@ def stream(
         )
     try:
         for row in data.iter_rows():
+            if row["error"]:
+                _raise(row["error"])
             yield row["item"]
     except ray.exceptions.RayError as e:
         raise _worded(e) from e
