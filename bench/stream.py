@@ -35,7 +35,7 @@ def vocabulary() -> list[str]:
 def write_shards(folder: Path, rows: int, shards: int, seed: int) -> int:
     """`rows` conversations of random words in `shards` Parquet files; returns the bytes written.
 
-    A prompt has 4 to 24 words, a response 4 to 80.
+    A prompt has 4 to 12 words, a response 4 to 48: short rows, so that the model costs little.
     """
     words, size = vocabulary(), 0
     folder.mkdir(parents=True)
@@ -46,8 +46,8 @@ def write_shards(folder: Path, rows: int, shards: int, seed: int) -> int:
             "id": [f"row-{i:09d}" for i in range(first, last)],
             "messages": [
                 [
-                    {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(4, 24)))},
-                    {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(4, 80)))},
+                    {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(4, 12)))},
+                    {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(4, 48)))},
                 ]
                 for _ in range(first, last)
             ],

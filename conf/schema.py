@@ -95,6 +95,7 @@ class Cluster:
     engine_workers: int | None = None
     engine_cpus: float | None = None
     engine_gpus: float | None = None
+    readers: int | None = None
     reader_cpus: float = 0.25
     object_store_gb: float | None = None
     token_budget: int | None = None
@@ -159,5 +160,6 @@ def settings(config: DictConfig) -> Settings:
         lines = []
         for err in e.errors()[:8]:
             where = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("list[", "str", "int")))
-            lines.append(f"  {where} = {err['input']!r}: {err['msg']}")
+            said = "there is no such option" if err["type"] == "unexpected_keyword_argument" else err["msg"]
+            lines.append(f"  {where} = {err['input']!r}: {said}")
         raise ConfigError("these settings do not fit:\n" + "\n".join(lines)) from None

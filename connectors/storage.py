@@ -337,9 +337,12 @@ def check_writable(url: str) -> None:
         StorageError: names the URL and the reason (permission, read-only, no space, no bucket, …).
     """
     probe = join(url, f".probe-{secrets.token_hex(8)}")
-    write_atomic(probe, b"can this place be written?\n" * 200)
-    fs, path = split(probe)
-    _again(probe, "remove", lambda: fs.rm_file(path))
+    try:
+        write_atomic(probe, b"can this place be written?\n" * 200)
+        fs, path = split(probe)
+        _again(probe, "remove", lambda: fs.rm_file(path))
+    except StorageError as e:
+        raise StorageError(str(e).replace(probe, url)) from e
 
 
 def cache_root() -> Path:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import resources
 from typing import TYPE_CHECKING
 
 import hydra
@@ -70,6 +71,11 @@ def _known_options(config: DictConfig) -> list[str]:
     return out
 
 
+def _choices(group: str) -> list[str]:
+    names = [f.name for f in (resources.files("conf") / group).iterdir()]
+    return [n.removesuffix(".yaml") for n in names if n.endswith(".yaml")]
+
+
 def _explain(job: str, overrides: list[str], error: Exception) -> str:
     """Hydra's message, shortened; for an unknown option the ones that are near."""
     try:
@@ -92,6 +98,9 @@ def _explain(job: str, overrides: list[str], error: Exception) -> str:
     if missing:
         group, name, choices = missing[1], missing[2], missing[3].split()
         return f"there is no {group} {name!r}{near(name, choices)}"
+    missing = re.search(r"Could not load '(\w+)/(.+?)'", text)  # one of a list of choices
+    if missing:
+        return f"there is no {missing[1]} {missing[2]!r}{near(missing[2], _choices(missing[1]))}"
     return re.sub(r"(To append to your config|Set the environment variable HYDRA_FULL_ERROR).*", "", text).strip()
 
 
@@ -100,20 +109,23 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
 
     @hydra.main(config_path="pkg://conf", config_name=job, version_base=None)
     def application(config: DictConfig) -> None:
-        run(config, stages)
+        guarded(lambda: run(config, stages))  # here too: Hydra would print a traceback and exit with 1
 
-    def main() -> None:
+    def guarded(act: Callable[[], None]) -> None:
         try:
-            if any(a.startswith("-") for a in sys.argv[1:]):
-                application()  # --help, --cfg job and other flags of Hydra's own
-            else:
-                run(compose_config(job, sys.argv[1:]), stages)
+            act()
         except CurateError as e:
             print(f"curate {job}: {e}", file=sys.stderr)
             sys.exit(FAILED)
         except KeyboardInterrupt:
             print(f"curate {job}: interrupted; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
+
+    def main() -> None:
+        if any(a.startswith("-") for a in sys.argv[1:]):
+            guarded(application)  # --help, --cfg job and other flags of Hydra's own
+        else:
+            guarded(lambda: run(compose_config(job, sys.argv[1:]), stages))
 
     return main
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from conf.schema import ConceptSettings, Settings
-from connectors import storage
+from connectors import registry, storage
 from connectors.packages import expand
 from curate import __version__
 from curate.concepts import concept as concept_files
@@ -64,6 +64,7 @@ class Pipeline:
                 raise ConfigError(f"there is no scorer {name!r}{near(name, SCORERS)}")
         if not self.config.scorer:
             raise ConfigError(f"no scorer is chosen{near('', SCORERS)}")
+        registry.discover(self.source_urls, self.config.source.format)
         storage.check_writable(self.sink)
 
     @cached_property

@@ -51,3 +51,18 @@ def corpus(tmp_path) -> Path:
     write_jsonl(folder / "a.jsonl", [conversation(i) for i in range(60)])
     write_jsonl(folder / "b.jsonl", [conversation(i) for i in range(60, 100)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tiny) -> Path:
+    """The tiny model, with a concept file beside it."""
+    import numpy as np
+
+    from curate.concepts import concept as files
+    from curate.concepts.concept import Concept
+    from curate.models.load import ModelSpec, identity
+
+    who = identity(ModelSpec(str(tiny)))
+    vectors = np.random.default_rng(0).normal(size=(who["layers"] + 1, who["width"])).astype(np.float32)
+    files.save(Concept("test", vectors, 2, who, "random", "response_mean"), str(tiny.parent / "concept"))
+    return tiny

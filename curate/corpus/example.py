@@ -134,12 +134,16 @@ def _text(value: Any, what: str) -> str:
         if len(parts) == len(value) and all(isinstance(p, str) for p in parts):
             return "".join(parts)  # type: ignore[arg-type]
         raise BadRow(f"{what} has parts that are not text")
+    if value is None:
+        raise BadRow(f"{what} has no text")
     raise BadRow(f"{what} is {type(value).__name__}, not text")
 
 
 def _messages(record: Mapping[str, Any], columns: ColumnMap) -> list[Message]:
     if columns.layout == "messages":
         turns = record.get(columns.messages)
+        if turns is None:
+            raise BadRow(f"{columns.messages!r} is missing")
         if not isinstance(turns, Sequence) or isinstance(turns, str):
             raise BadRow(f"{columns.messages!r} is {type(turns).__name__}, not a list of messages")
         out = []
@@ -180,13 +184,17 @@ def to_example(record: Mapping[str, Any], row: int, columns: ColumnMap) -> Examp
         raise BadRow("the last assistant turn is empty")
     if len(turns) == 1:
         raise BadRow("no turn before the response")
-    name = record.get(columns.id or "id")
-    label = record.get(columns.label) if columns.label else None
-    group = record.get(columns.group) if columns.group else None
+    name = _name(record, columns.id or "id")
     return Example(
-        id=str(name) if name is not None and name != "" else content_id(turns),
+        id=name if name else content_id(turns),
         row=row,
         messages=tuple(turns),
-        label=None if label is None else str(label),
-        group=None if group is None else str(group),
+        label=_name(record, columns.label),
+        group=_name(record, columns.group),
     )
+
+
+def _name(record: Mapping[str, Any], column: str | None) -> str | None:
+    """The value of an id, label or group column as text; None where there is none."""
+    value = record.get(column) if column else None
+    return None if value is None else _text(str(value), repr(column))

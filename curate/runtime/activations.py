@@ -42,8 +42,8 @@ class ActivationWorker:
         device = self.model.device
         for batch in token_batches([len(r.input_ids) for r in chunk.rendered], self.budget):
             picked = [chunk.rendered[i] for i in batch]
-            ids, mask = collate([r.input_ids for r in picked], 0)
-            states = self.tap(ids.to(device), mask.to(device))
+            ids, _ = collate([r.input_ids for r in picked], 0)
+            states = self.tap(ids.to(device))
             starts, stops = [r.start for r in picked], [r.stop for r in picked]
             pooled = torch.stack([response_mean(states[k], starts, stops) for k in self.tap.layers], dim=1)
             for i, values in zip(batch, pooled.float().cpu().numpy(), strict=True):

@@ -54,6 +54,7 @@ def _kept(context: ConceptContext, name: str, recipe: Recipe, make: Callable[[],
     if storage.exists(where + ".json"):
         say(f"concept {name}: found at {where}.json")
         return files.load(where, name)
+    storage.check_writable(storage.join(context.store, "concepts"))  # before the work, not after
     made = make()
     files.save(replace(made, name=name), where)
     say(f"concept {name}: made and kept at {where}.json", layer=made.layer)

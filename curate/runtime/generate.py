@@ -29,7 +29,7 @@ from curate.runtime.output import Output
 from curate.runtime.progress import Progress
 from curate.runtime.reader import ReaderSpec, read_chunks, work_items
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, too_many_bad
+from curate.runtime.stage import StageResult, count_bad, too_many_bad
 from curate.runtime.stream import DEAD_DEVICE_EXIT, stream
 
 PART_SCHEMA = pa.schema(
@@ -139,6 +139,10 @@ def generate(
     remaining = spec.output.remaining(manifest)
     left = sum(b - a for _, ranges in remaining for a, b in ranges)
     progress = Progress("generate", manifest.rows, manifest.rows - left)
+    allowed = max_bad_fraction * manifest.rows
+    before = count_bad(spec.output, manifest)
+    if before > allowed:
+        raise too_many_bad(spec.output, before, manifest.rows, max_bad_fraction)
     peak = 0
     n_chunks = sum(len(ranges) for _, ranges in remaining)
     if remaining:
@@ -146,16 +150,16 @@ def generate(
         pool = session.engines
         make = partial(_worker, replace(spec, reader=reader), max(1, round(pool.cpus)))
         read = partial(read_chunks, spec=reader)
-        for answer in stream(work_items(remaining), make, pool, read, session.reader_cpus, n_chunks):
+        for answer in stream(work_items(remaining), make, pool, read, session.readers, n_chunks):
             done = json.loads(answer)
             progress.add(done["rows"], done["tokens"], done["bad"])
             peak = max(peak, done["rss"])
-            if progress.bad > max_bad_fraction * manifest.rows:
-                raise too_many_bad(spec.output, progress.bad, manifest.rows, max_bad_fraction)
+            if before + progress.bad > allowed:
+                raise too_many_bad(spec.output, before + progress.bad, manifest.rows, max_bad_fraction)
             if progress.tokens == done["tokens"]:
                 facts = {"engine": done["engine"], "row_reproducible": done["row_reproducible"]}
                 storage.write_atomic(storage.join(spec.output.url, "artifact.json"), json.dumps(facts, indent=2))
     progress.close()
     spec.output.check_whole(manifest)
-    bad = sum(1 for _ in spec.output.quarantined())
+    bad = before + progress.bad
     return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)

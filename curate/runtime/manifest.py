@@ -39,6 +39,7 @@ def _scan(job: tuple[Connector, FileInfo, int]) -> tuple[FileEntry, list[Unit]] 
 
 def _check_columns(files: list[FileEntry], columns: ColumnMap) -> ColumnMap:
     """The resolved column map. Every shard must have the columns that are used."""
+    files = [f for f in files if f.columns]  # of a file without any, each row goes to quarantine with its reason
     resolved = columns.resolve(files[0].columns, files[0].url)
     for f in files[1:]:
         lacking = [c for c in resolved.required(resolved.layout) if c not in f.columns]
@@ -86,7 +87,13 @@ def build_manifest(
         manifest = Manifest(connector.name, tuple(files), tuple(units), tuple(skipped))
     if manifest.rows == 0:
         raise CorpusError(f"the corpus {spec.url!r} has no rows in its {len(infos)} file(s)")
-    columns = _check_columns([f for f in manifest.files if f.rows], spec.columns)
+    files_with_rows = [f for f in manifest.files if f.rows]
+    if not any(f.columns for f in files_with_rows):
+        raise CorpusError(
+            f"no row at the start of {files_with_rows[0].url} can be read as an object with named values "
+            f"(format {connector.name!r}); check the file and source.format"
+        )
+    columns = _check_columns(files_with_rows, spec.columns)
     if where and manifest is not stored and stored is None:
         storage.check_writable(where)
         save_manifest(where, manifest)

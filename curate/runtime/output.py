@@ -118,15 +118,21 @@ class Output:
         storage.write_atomic(storage.join(self.url, "parts", name), sink.getvalue().to_pybytes())
 
     def quarantined(self) -> Iterator[tuple[str, Quarantined]]:
-        """All quarantined rows as (key, row)."""
+        """All quarantined rows of committed parts as (key, row)."""
+        done = self.parts()
         for part, url in sorted(self._urls("quarantine").items()):
-            for line in storage.read_text(url).splitlines():
-                yield part.key, Quarantined(**json.loads(line))
+            if part in done:  # else its writer was killed before the part itself was written
+                yield from ((part.key, q) for q in _read_quarantine(url))
 
     def quarantine_of(self, key: str) -> list[Quarantined]:
         """Quarantined rows of one source file."""
         urls = sorted(self._urls("quarantine", key).items())
-        return [Quarantined(**json.loads(x)) for _, u in urls for x in storage.read_text(u).splitlines()]
+        return [q for _, u in urls for q in _read_quarantine(u)]
+
+
+def _read_quarantine(url: str) -> list[Quarantined]:
+    # Not splitlines(): an excerpt may hold U+2028 and other characters at which that would cut.
+    return [Quarantined(**json.loads(line)) for line in storage.read_text(url).split("\n") if line]
 
 
 def read_part(url: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -26,7 +26,7 @@ from curate.runtime.output import Output
 from curate.runtime.progress import Progress
 from curate.runtime.reader import ReaderSpec, read_chunks, work_items
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, too_many_bad
+from curate.runtime.stage import StageResult, count_bad, too_many_bad
 from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put, stream
 from curate.scoring.base import Needs
 from curate.scoring.registry import make_scorers
@@ -129,21 +129,22 @@ def score(
     left = sum(b - a for _, ranges in remaining for a, b in ranges)
     progress = Progress("score", manifest.rows, manifest.rows - left)
     allowed = max_bad_fraction * manifest.rows
+    before = count_bad(spec.output, manifest)
+    if before > allowed:
+        raise too_many_bad(spec.output, before, manifest.rows, max_bad_fraction)
     peak = 0
     n_chunks = sum(len(ranges) for _, ranges in remaining)
     if remaining:
         ref = put(list(concepts))
         make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
         read = partial(read_chunks, spec=spec.reader)
-        for answer in stream(work_items(remaining), make, session.scorers, read, session.reader_cpus, n_chunks):
+        for answer in stream(work_items(remaining), make, session.scorers, read, session.readers, n_chunks):
             done = json.loads(answer)
             progress.add(done["rows"], done["tokens"], done["bad"])
             peak = max(peak, done["rss"])
-            if progress.bad > allowed:
-                raise too_many_bad(spec.output, progress.bad, manifest.rows, max_bad_fraction)
+            if before + progress.bad > allowed:
+                raise too_many_bad(spec.output, before + progress.bad, manifest.rows, max_bad_fraction)
     progress.close()
     spec.output.check_whole(manifest)
-    bad = sum(1 for _ in spec.output.quarantined())
-    if bad > allowed:
-        raise too_many_bad(spec.output, bad, manifest.rows, max_bad_fraction)
+    bad = before + progress.bad
     return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)

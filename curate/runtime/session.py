@@ -31,12 +31,20 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Readers:
+    """Tasks that read and tokenise: at most `size` at a time, with `cpus` each."""
+
+    size: int
+    cpus: float
+
+
+@dataclass(frozen=True)
 class Session:
     """What the running cluster offers, as pools."""
 
     scorers: Pool
     engines: Pool
-    reader_cpus: float
+    readers: Readers
     token_budget: int
     resources: dict[str, float]
 
@@ -55,6 +63,7 @@ class ClusterSpec:
     engine_workers: int | None = None
     engine_cpus: float | None = None
     engine_gpus: float | None = None
+    readers: int | None = None
     reader_cpus: float = 0.25
     object_store_gb: float | None = None
     token_budget: int | None = None
@@ -100,13 +109,15 @@ def _session(spec: ClusterSpec) -> Session:
                 f"cluster.{what}={pool.size} with {pool.cpus:g} CPUs and {pool.gpus:g} GPUs each does not fit the "
                 f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower it, or the CPUs and GPUs per actor"
             )
-    budget = spec.token_budget or (65536 if per_gpu else 4096)
+    budget = spec.token_budget or (65536 if per_gpu else 1024)
     # Readers and scorers share the CPUs; a pool that takes all of them leaves readers none and the stream stands still.
     free = cpus - scorers.size * scorers.cpus
     if free < spec.reader_cpus:
         share = max((cpus - spec.reader_cpus) / scorers.size, 0.01)
         scorers = Pool(scorers.size, round(share - 0.005, 2), scorers.gpus)
-    return Session(scorers, engines, spec.reader_cpus, budget, {"CPU": cpus, "GPU": gpus})
+    # A reader keeps several GPUs busy; on CPUs it would take from the scorers what it gives them.
+    readers = Readers(spec.readers or max(1, size if gpus else size // 2), spec.reader_cpus)
+    return Session(scorers, engines, readers, budget, {"CPU": cpus, "GPU": gpus})
 
 
 @contextmanager

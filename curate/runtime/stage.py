@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from curate.corpus.units import Manifest
 from curate.errors import CorpusError
 from curate.runtime.output import Output
 
@@ -21,6 +22,14 @@ class StageResult:
     tokens: int
     seconds: float
     peak_worker_gb: float = 0.0
+
+
+def count_bad(output: Output, manifest: Manifest) -> int:
+    """Quarantined rows of `manifest`, of this run and of earlier ones."""
+    stops: dict[str, int] = {}
+    for u in manifest.units:
+        stops[u.key] = max(u.stop, stops.get(u.key, 0))
+    return sum(q.row < stops.get(key, 0) for key, q in output.quarantined())
 
 
 def too_many_bad(output: Output, bad: int, rows: int, allowed: float) -> CorpusError:

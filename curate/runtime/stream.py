@@ -16,7 +16,7 @@ import ray
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
-from curate.runtime.session import Pool
+from curate.runtime.session import Pool, Readers
 
 DEAD_DEVICE_EXIT = 13
 _DEATHS = (
@@ -91,7 +91,7 @@ def stream(
     make_worker: Callable[[], Callable[[bytes], bytes]],
     pool: Pool,
     read: Callable[[bytes], Iterator[bytes]] | None = None,
-    reader_cpus: float = 0.25,
+    readers: Readers = Readers(1, 0.25),
     chunks: int = 0,
 ) -> Iterator[bytes]:
     """Stream `items` through readers and the pool; yields each worker's answer as it comes, in any order.
@@ -110,7 +110,7 @@ def stream(
         [{"item": i, "error": ""} for i in items], override_num_blocks=len(items)
     )
     if read is not None:
-        data = data.map_batches(_reading(read), batch_size=1, num_cpus=reader_cpus)
+        data = data.map_batches(_reading(read), batch_size=1, num_cpus=readers.cpus, concurrency=readers.size)
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to bound the retries, which are endless by default, and warns of the next one.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")

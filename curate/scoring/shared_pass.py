@@ -164,11 +164,11 @@ class SharedPass:
         # Scores on the host have waited for the device, so the clock is right.
         return columns, stats + PassStats(rows=len(examples), seconds=time.perf_counter() - began)
 
-    def _batches(self, lengths: Sequence[int], rows: Sequence[Rendered]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """(row indices, input_ids, attention_mask), right-padded; only the first `lengths[i]` tokens of a row."""
+    def _batches(self, lengths: Sequence[int], rows: Sequence[Rendered]) -> Iterator[tuple[list[int], Tensor]]:
+        """(row indices, input_ids), padded on the right; only the first `lengths[i]` tokens of a row."""
         for index in token_batches(lengths, self.max_tokens):
-            ids, mask = collate([rows[i].input_ids[: lengths[i]] for i in index], self.pad_id, "right", self.device)
-            yield index, ids, mask
+            ids, _ = collate([rows[i].input_ids[: lengths[i]] for i in index], self.pad_id, "right", self.device)
+            yield index, ids
 
     def _pooled(
         self, tap: LayerTap, rows: Sequence[Rendered | None]
@@ -179,9 +179,9 @@ class SharedPass:
         lengths = [r.stop for r in real]  # attention is causal: what follows the response cannot change it
         found: dict[int, Tensor] = {}
         stats = self._stats(lengths, tap.layers[-1], 0)
-        for index, ids, mask in self._batches(lengths, real):
+        for index, ids in self._batches(lengths, real):
             spans = [real[i].start for i in index], [real[i].stop for i in index]
-            for layer, hidden in tap(ids, mask).items():
+            for layer, hidden in tap(ids).items():
                 _put(found, layer, [there[i] for i in index], response_mean(hidden, *spans), len(rows))
             stats += PassStats(padded_tokens=ids.numel(), batches=1)
         for layer in tap.layers if not found else ():
@@ -198,14 +198,14 @@ class SharedPass:
         gradients: dict[int, Tensor] = {}
         counts = loss_counts([r.start for r in rows], [r.end for r in rows])
         stats = self._stats(lengths, None, sum(counts))
-        for index, ids, mask in self._batches(lengths, rows):
+        for index, ids in self._batches(lengths, rows):
             starts, stops = [rows[i].start for i in index], [rows[i].stop for i in index]
             ends = [rows[i].end for i in index]
 
             def loss(last: Tensor, ids: Tensor = ids, starts: Any = starts, ends: Any = ends) -> Tensor:
                 return summed_response_loss(self.model, last, ids, starts, ends)
 
-            states, slopes = self._tap.grad_forward(ids, mask, self.needs.gradients, loss)
+            states, slopes = self._tap.grad_forward(ids, None, self.needs.gradients, loss)
             for layer in self.needs.layers:
                 _put(pooled, layer, index, response_mean(states[layer], starts, stops), len(rows))
             tokens = torch.tensor([counts[i] for i in index], dtype=torch.float32, device=self.device)

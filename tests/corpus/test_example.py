@@ -51,7 +51,7 @@ def test_content_parts_of_text_are_joined():
         (chat(), "no assistant turn"),
         (chat(("user", "q"), ("assistant", "  \n")), "empty"),
         (chat(("assistant", "a")), "no turn before"),
-        ({"messages": None}, "NoneType"),
+        ({"messages": None}, "'messages' is missing"),
         ({"messages": "text"}, "not a list"),
         ({"messages": ["text"]}, "not an object"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "'robot'"),

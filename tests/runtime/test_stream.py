@@ -31,7 +31,7 @@ def echo():
 
 
 def test_every_chunk_of_every_item_arrives_once():
-    found = sorted(json.loads(x) for x in stream(items(7), echo, POOL, three, 0.25))
+    found = sorted(json.loads(x) for x in stream(items(7), echo, POOL, three))
     assert found == [[i, k] for i in range(7) for k in range(3)]
     assert sorted(map(json.loads, stream(items(3), echo, POOL))) == [0, 1, 2]
     assert list(stream([], echo, POOL)) == []

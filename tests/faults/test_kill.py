@@ -1,0 +1,117 @@
+"""SIGKILL in the middle of a scoring run: the same command goes on, and the parts equal those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import conversation, write_jsonl
+from tests.jobs.helpers import command, options, parts
+
+ROWS, UNIT, WORKERS = 400, 10, 2
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def corpus_url(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("kill") / "corpus"
+    write_jsonl(folder / "a.jsonl", [conversation(i) for i in range(ROWS)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_options(corpus_url, model):
+    def make(sink: Path) -> list[str]:
+        more = {"cluster.cpus": 2, "cluster.workers": WORKERS, "cluster.object_store_gb": 0.2, "source.unit_rows": UNIT}
+        return options(corpus_url, model, sink, **more)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_options, tmp_path_factory) -> dict:
+    sink = tmp_path_factory.mktemp("undisturbed")
+    process = command("score", run_options(sink))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return parts(sink)
+
+
+def wait_for_parts(sink: Path, n: int, process, seconds: float = 240) -> int:
+    """Until `n` parts are committed; polls, as there is nothing else to wait on from outside."""
+    root, end = sink / "scores" / "parts", time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = len(list(root.rglob("*.parquet"))) if root.exists() else 0
+        if found >= n:
+            return found
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError(f"only {found} parts after {seconds} s")
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All processes of a run but Ray's two agents, which write nothing of ours and need a minute to notice."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if "Agent" not in p.name() + "".join(p.cmdline())]
+
+
+def assert_all_gone(processes: list[psutil.Process], seconds: float = 60) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert not alive, [p.cmdline() for p in alive if p.is_running()]
+
+
+def assert_same(sink: Path, undisturbed: dict) -> None:
+    found = parts(sink)
+    assert found.keys() == undisturbed.keys()
+    assert all(found[n].equals(undisturbed[n]) for n in found)
+    half = [p for p in sink.rglob("*.tmp")]
+    assert len(half) <= WORKERS, half  # a killed writer's temporary file is hidden and never taken for a part
+    assert not any(p.suffix == ".parquet" for p in half)
+
+
+def test_the_driver_is_killed_halfway(run_options, undisturbed, tmp_path):
+    process = command("score", run_options(tmp_path))
+    wait_for_parts(tmp_path, len(undisturbed) // 2, process)
+    relatives = family(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stdout.close()
+    process.stderr.close()
+    assert_all_gone(relatives)  # no orphan goes on writing
+    left = parts(tmp_path)
+    assert 0 < len(left) < len(undisturbed), "the kill came too late to test anything"
+
+    again = command("score", run_options(tmp_path))
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    done = sum(t.num_rows for t in left.values())
+    assert f"rows_done={done} rows_left={ROWS - done}" in err
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_scoring_actor_is_killed(run_options, undisturbed, tmp_path):
+    process = command("score", run_options(tmp_path))
+    wait_for_parts(tmp_path, 3, process)
+    actors = [p for p in family(process.pid) if any("MapWorker" in part for part in p.cmdline())]
+    assert actors
+    actors[0].kill()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same(tmp_path, undisturbed)
+
+
+def test_interrupt_by_the_user_says_how_to_go_on(run_options, undisturbed, tmp_path):
+    process = command("score", run_options(tmp_path))
+    wait_for_parts(tmp_path, 3, process)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in err
+    again = command("score", run_options(tmp_path))
+    assert again.wait(timeout=300) == 0
+    again.communicate()
+    assert_same(tmp_path, undisturbed)
