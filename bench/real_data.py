@@ -32,10 +32,8 @@ from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
 
 BENCH = "real_data"
-# prompt and response that is bad, prompt and response that is good
+# Prompt and response that is bad, prompt and response that is good.
 Pair = tuple[list[Message], str, list[Message], str]
-    list[Message], str, list[Message], str
-]  # prompt and response that is bad, prompt and response that is good
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ class Source:
 class Sink:
     url: str
     store: str
+    scores: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ConceptSettings:
     columns: ColumnMap = field(default_factory=ColumnMap)
     positive_label: str | None = None
     name: str | None = None
+    key: str | None = None
     layer: int | None = None
     max_rows: int = 5000
     allow_other_model: bool = False
@@ -114,8 +116,8 @@ class Settings:
 
     source: Source
     model: ModelSpec
-    concept: dict[str, ConceptSettings]
-    scorer: dict[str, dict[str, Any]]
+    concept: dict[str, ConceptSettings] | None
+    scorer: dict[str, dict[str, Any]] | None
     selector: Selector
     sink: Sink
     generation: GenerationSpec

@@ -28,7 +28,6 @@ _MAX_SKIP = (1 << _SKIP_BITS) - 1
 class ArrowIpc(Connector):
     name = "arrow_ipc"
     extensions = (".arrow", ".arrows", ".ipc", ".feather")
-    part_extension = "arrow"
 
     def scan(self, info: FileInfo, unit_rows: int, unit_bytes: int | None = None) -> tuple[FileEntry, list[Unit]]:
         with columnar.readable(info.url, "Arrow"), storage.open_read(info.url) as f:

@@ -39,7 +39,6 @@ class Connector(ABC):
 
     name: ClassVar[str]
     extensions: ClassVar[tuple[str, ...]]  # with the dot, as in ".jsonl.gz"
-    part_extension: ClassVar[str]  # without
 
     @abstractmethod
     def scan(self, info: FileInfo, unit_rows: int, unit_bytes: int | None = None) -> tuple[FileEntry, list[Unit]]:

@@ -29,7 +29,6 @@ _ARROW = ArrowIpc()
 class HfDisk(Connector):
     name = "hf_disk"
     extensions = (STATE, SPLITS)  # told by these files, not by an extension
-    part_extension = "arrow"
 
     def scan(self, info: FileInfo, unit_rows: int, unit_bytes: int | None = None) -> tuple[FileEntry, list[Unit]]:
         return _ARROW.scan(info, unit_rows, unit_bytes)

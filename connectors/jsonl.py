@@ -80,7 +80,6 @@ class _Cutter:
 class Jsonl(Connector):
     name = "jsonl"
     extensions = tuple(f".{e}{c}" for e in ("jsonl", "ndjson") for c in ("", ".gz", ".zst"))
-    part_extension = "jsonl"
 
     def scan(self, info: FileInfo, unit_rows: int, unit_bytes: int | None = None) -> tuple[FileEntry, list[Unit]]:
         if info.size == 0 and info.name.endswith((".gz", ".zst")):

@@ -28,7 +28,6 @@ _GROUP_BYTES = 128 << 20  # of kept rows, in memory, before a row group is writt
 class Parquet(Connector):
     name = "parquet"
     extensions = (".parquet", ".pq")
-    part_extension = "parquet"
 
     def scan(self, info: FileInfo, unit_rows: int, unit_bytes: int | None = None) -> tuple[FileEntry, list[Unit]]:
         with columnar.readable(info.url, "Parquet"), storage.open_read(info.url) as f:

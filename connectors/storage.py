@@ -345,6 +345,17 @@ def check_writable(url: str) -> None:
         raise StorageError(str(e).replace(probe, url)) from e
 
 
+def remove(url: str) -> None:
+    """Remove one file; one that is not there is no error.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    if exists(url):
+        fs, path = split(url)
+        _again(url, "remove", lambda: fs.rm_file(path))
+
+
 def cache_root() -> Path:
     """${CURATE_CACHE:-~/.cache/curate}"""
     return Path(os.environ.get("CURATE_CACHE") or "~/.cache/curate").expanduser()

@@ -90,7 +90,7 @@ def _explain(job: str, overrides: list[str], error: Exception) -> str:
     for o in parsed if known else []:
         name = o.key_or_group
         if name not in known and name not in _GROUPS:
-            close = difflib.get_close_matches(name, [*known, *_GROUPS], n=3, cutoff=0.6)
+            close = difflib.get_close_matches(name, sorted({*known, *_GROUPS}), n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(close)}?" if close else f"`curate {job} --cfg job` prints all options."
             return f"there is no option {name!r}; {hint}"
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()

@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
+
 from conf.schema import ConceptSettings, Settings
 from connectors import registry, storage
 from connectors.packages import expand
@@ -22,7 +24,7 @@ from curate.corpus.render import tokenizer_digest
 from curate.corpus.units import Manifest
 from curate.errors import ConfigError, near
 from curate.evaluation.openai_judge import OpenAIJudge
-from curate.models.engines import GenerationSpec
+from curate.models.engines import GenerationSpec, vllm_serves
 from curate.models.load import ModelSpec, identity, load_tokenizer
 from curate.runtime import concepts as making
 from curate.runtime.generate import GenerateSpec, generate, generation_recipe
@@ -40,6 +42,8 @@ from curate.scoring.base import Needs, Scorer
 from curate.scoring.registry import SCORERS, make_scorers
 from curate.selection.select import Decision, Rule
 
+DEFAULT_FRACTION = 0.25
+
 
 class Pipeline:
     """One run. Stages are methods; what they share is computed once."""
@@ -53,24 +57,31 @@ class Pipeline:
         self.source_urls = [expand(u) for u in urls]
         self.sink = config.sink.url.rstrip("/")
         self.store = config.sink.store.rstrip("/")
-        self.scores_place = Output(storage.join(self.sink, "scores"))
+        self.scores_place = Output((config.sink.scores or storage.join(self.sink, "scores")).rstrip("/"))
         self.place = Place(self.sink)
 
     def check(self) -> None:
         """Whatever can be wrong without reading the corpus or starting a cluster, said first."""
         self.rule  # noqa: B018  (raises where the rule makes no sense)
-        for name in self.config.scorer:
+        for name in self.scorer_settings:
             if name not in SCORERS:
                 raise ConfigError(f"there is no scorer {name!r}{near(name, SCORERS)}")
-        if not self.config.scorer:
+        if not self.scorer_settings:
             raise ConfigError(f"no scorer is chosen{near('', SCORERS)}")
         registry.discover(self.source_urls, self.config.source.format)
         storage.check_writable(self.sink)
 
+    @property
+    def scorer_settings(self) -> dict[str, dict[str, Any]]:
+        """{method: settings}; a scorer without settings is an empty mapping."""
+        return {name: dict(options or {}) for name, options in (self.config.scorer or {}).items()}
+
     @cached_property
     def rule(self) -> Rule:
         s = self.config.selector
-        return Rule(s.mode, s.fraction, s.count, s.threshold, s.per_group)
+        given = (s.fraction, s.count, s.threshold)
+        fraction = DEFAULT_FRACTION if given == (None, None, None) else s.fraction
+        return Rule(s.mode, fraction, s.count, s.threshold, s.per_group)
 
     @cached_property
     def _source(self) -> tuple[Manifest, ColumnMap]:
@@ -110,9 +121,15 @@ class Pipeline:
 
     @cached_property
     def sampling(self) -> GenerationSpec:
-        """How responses are generated, its precision decided likewise."""
-        dtype = self.config.generation.dtype
-        return replace(self.config.generation, dtype=self._precision if dtype == "auto" else dtype)
+        """How responses are generated, precision and engine decided likewise: an artifact is of one engine."""
+        spec = self.config.generation
+        engine = spec.engine
+        if engine == "auto":
+            device = torch.device("cuda" if self.session.engines.gpus else "cpu")
+            engine = "vllm" if vllm_serves(device) else "transformers"
+            if engine == "transformers":
+                say(f"WARNING: vLLM for {device.type} is not installed: generating with transformers, which is slower")
+        return replace(spec, engine=engine, dtype=self._precision if spec.dtype == "auto" else spec.dtype)
 
     @property
     def _precision(self) -> Literal["bfloat16", "float32"]:
@@ -137,7 +154,7 @@ class Pipeline:
         context = making.ConceptContext(
             self.model, self.identity, self.config.source.max_tokens, self.store, self.session
         )
-        for name, s in self.config.concept.items():
+        for name, s in (self.config.concept or {}).items():
             for made in self._concepts(name, s, context):
                 if s.layer is not None:
                     made.check_layer(s.layer)
@@ -151,7 +168,7 @@ class Pipeline:
         if s.path is None:
             raise ConfigError(f"concept.{name}.path is not set; give the file that the concept is made from")
         if s.kind == "file":
-            return [concept_files.load(expand(u)) for u in ([s.path] if isinstance(s.path, str) else s.path)]
+            return [concept_files.load(expand(u), key=s.key) for u in ([s.path] if isinstance(s.path, str) else s.path)]
         if s.kind == "probe":
             if s.positive_label is None:
                 raise ConfigError(
@@ -210,7 +227,7 @@ class Pipeline:
 
     @cached_property
     def scorers(self) -> list[Scorer]:
-        made = make_scorers(self.config.scorer, self.concept_list)
+        made = make_scorers(self.scorer_settings, self.concept_list)
         needs = Needs.union(s.needs() for s in made)
         top = max(needs.layers | needs.generated | needs.gradients, default=0)
         if top > self.identity["layers"]:
@@ -249,7 +266,7 @@ class Pipeline:
         if self.needs.generated:
             self.generate()
             reader = replace(reader, generations=self.generations[0].url)
-        spec = ScoreSpec(reader, self.config.scorer, self.scores_place, self.session.token_budget)
+        spec = ScoreSpec(reader, self.scorer_settings, self.scores_place, self.session.token_budget)
         bad = self.config.source.max_bad_fraction
         self._timed("score", score(spec, recipe, self.manifest, self.concept_list, self.session, bad))
 
@@ -310,7 +327,7 @@ class Pipeline:
         """Print what a run will cost; writes nothing but the manifest."""
         spec = PlanSpec(
             self.reader,
-            self.config.scorer,
+            self.scorer_settings,
             self.sampling,
             self.config.source.generate_rows,
             self.session.token_budget,
@@ -332,7 +349,8 @@ class Pipeline:
             print(f"{c.name}: {c.method}, layer {c.layer}{found}, width {c.width}")
 
     def print_places(self) -> None:
-        print(json.dumps({**self.place.existing(), "store": self.store}, indent=2))
+        columns = score_columns(self.scores_place.parts())
+        print(json.dumps({**self.place.existing(), "store": self.store, "score columns": columns}, indent=2))
 
     def print_table(self) -> None:
         print(table(headline(self.summary), self.place))

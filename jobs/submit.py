@@ -16,19 +16,31 @@ from jobs.app import FAILED, compose_config
 from jobs.cli import JOBS
 
 
-def submission_id(job: str, overrides: list[str]) -> str:
-    """Id made of the job and its composed settings; the cluster it runs on and the order of options do not matter."""
+def prepared(job: str, overrides: list[str], shipped: bool) -> tuple[str, list[str]]:
+    """Submission id and options of a job.
+
+    The id is made of the job and its composed settings; the cluster it runs on and the order of options do not matter.
+    The options carry the store, which may come from this machine's environment.
+
+    Raises:
+        ConfigError: a relative path, which on a cluster would lie in a job's temporary folder.
+    """
     config = settings(compose_config(job, overrides))
-    for what, url in (("sink.url", config.sink.url), ("sink.store", config.sink.store)):
-        if "://" not in url and not url.startswith("/"):
-            raise ConfigError(
-                f"{what} is {url!r}, a relative path: on a cluster it would lie in a job's temporary folder. Give a "
-                f"URL (s3://…) or an absolute path that all nodes share."
-            )
+    places = {"sink.url": [config.sink.url], "sink.store": [config.sink.store]}
+    if not shipped:
+        places["source.url"] = [config.source.url] if isinstance(config.source.url, str) else config.source.url
+    for what, urls in places.items():
+        for url in urls:
+            if "://" not in url and not url.startswith("/"):
+                raise ConfigError(
+                    f"{what} is {url!r}, a relative path: on a cluster it would lie in a job's temporary folder. "
+                    f"Give a URL (s3://…) or an absolute path that all nodes share."
+                )
     body = asdict(config)
     body.pop("cluster")
     digest = hashlib.blake2b(json.dumps([job, body], sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-    return f"curate-{job}-{digest}"
+    store = [] if any(o.startswith("sink.store=") for o in overrides) else [f"sink.store={config.sink.store}"]
+    return f"curate-{job}-{digest}", [*overrides, *store]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,8 +69,8 @@ def main() -> None:
             raise ConfigError(
                 f"there is no job {args.job!r} to submit; choose from {', '.join(j for j in JOBS if j != 'submit')}"
             )
-        name = submission_id(args.job, args.overrides)
-        command = shlex.join(["python", "-m", f"jobs.{args.job}", *args.overrides])
+        name, given = prepared(args.job, args.overrides, args.working_dir is not None)
+        command = shlex.join(["python", "-m", f"jobs.{args.job}", *given])
         client = jobs.client(args.address)
         state = jobs.submit(client, name, command, args.working_dir)
         print(f"{name}: {state}")

@@ -166,7 +166,7 @@ def check_fits(
         raise ConceptError(
             f"{who} was made from {_title(concept.model)}, but the model to score with is {_title(identity)}. Vectors "
             f"of one model mean nothing in another, even of equal width. Make the concept again, or set "
-            f"allow_other_model=true if the two share their base."
+            f"concept.<name>.allow_other_model=true if the two share their base."
         )
 
 

@@ -156,7 +156,7 @@ def _pick(url: str, data: Mapping[Any, Any], key: str | None) -> tuple[Any, str]
     if key is None:
         raise ConceptError(
             f"{url} holds {len(tensors)} tensors [layers + 1, width] under {sorted(map(str, data))[:8]}; "
-            + ("name one with concept.key" if tensors else "expected one at least")
+            + ("name one with concept.file.key" if tensors else "expected one at least")
         )
     if key not in tensors:
         raise ConceptError(f"{url} has no tensor [layers + 1, width] under {key!r}{near(key, tensors)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from curate.errors import ConfigError
@@ -18,7 +19,7 @@ def client(address: str | None) -> JobSubmissionClient:
     """
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
         raise ConfigError(
             f"no Ray job server answers at {address or 'RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265'}: {e}. Give "
             f"--address http://<head node>:8265; if it asks for a token, set RAY_AUTH_MODE=token and "

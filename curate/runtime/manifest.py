@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +12,8 @@ from curate.corpus.example import ColumnMap
 from curate.corpus.units import FileEntry, Manifest, Unit
 from curate.errors import CorpusError
 from curate.runtime.output import load_manifest, save_manifest
+from curate.runtime.progress import say
 from curate.runtime.stream import map_tasks
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def build_manifest(
                     raise CorpusError(
                         f"{found} Nothing was scored. To go on without it: source.skip_broken_shards=true"
                     )
-                log.warning("left out: %s", found)
+                say(f"left out: {found}")
                 skipped.append(found)
             else:
                 files.append(found[0])
@@ -94,7 +92,7 @@ def build_manifest(
             f"(format {connector.name!r}); check the file and source.format"
         )
     columns = _check_columns(files_with_rows, spec.columns)
-    if where and manifest is not stored and stored is None:
+    if where and manifest is not stored and (stored is None or stored.digest == manifest.digest):
         storage.check_writable(where)
         save_manifest(where, manifest)
     return manifest, connector, columns

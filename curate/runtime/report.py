@@ -23,7 +23,7 @@ from curate.runtime.output import Output
 from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.select import Scores, SelectSpec, label_counts
-from curate.runtime.stage import StageResult
+from curate.runtime.stage import StageResult, count_bad
 from curate.selection.select import Decision
 
 
@@ -212,8 +212,10 @@ def write_report(
         "scored": decision.n_scored,
         "kept": decision.n_kept,
         "dropped": decision.n_dropped,
-        "quarantined": decision.n_unscored,
+        "quarantined": count_bad(select.scores, manifest),
     }
+    if decision.n_unscored > counts["quarantined"]:
+        counts["unscored"] = decision.n_unscored - counts["quarantined"]
     dropped = label_counts(scores.labels, ~decision.keep) if labels is not None and scores.labels is not None else {}
     outputs = [("score", select.scores)] + ([("generate", Output(spec.generations))] if spec.generations else [])
     timings = tuple((t["stage"], float(t["seconds"]), int(t["rows"]), int(t["tokens"])) for t in place.read_timings())
@@ -257,6 +259,7 @@ def headline(summary: Summary) -> list[tuple[str, str]]:
         ("kept", f"{c['kept']:,}"),
         ("dropped", f"{c['dropped']:,}"),
         ("quarantined", f"{c['quarantined']:,}"),
+        *([("no such score", f"{c['unscored']:,}")] if "unscored" in c else []),
     ]
     for name, r in summary.rankings.items():
         if r is not None:

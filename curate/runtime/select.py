@@ -21,7 +21,7 @@ from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import FileEntry, Manifest
 from curate.errors import ConfigError, near
-from curate.runtime.output import Output, claim, read_parts
+from curate.runtime.output import Output, claim, read_parts, read_recipe
 from curate.runtime.progress import Progress
 from curate.runtime.score import PART_COLUMNS
 from curate.runtime.stream import fetch, map_tasks, put
@@ -158,7 +158,7 @@ def select(
         ConfigError: the rule cannot be met (see `Rule` and `decide`).
         RecipeError: the place holds a selection by another rule or other scores.
     """
-    claim(storage.join(spec.ledger, "_recipe.json"), recipe, spec.ledger)
+    _claim(spec, recipe)
     storage.check_writable(spec.curated)
     groups = scores.groups if spec.rule.per_group else None
     decision = decide(scores.columns[spec.column], spec.rule, groups)
@@ -177,6 +177,19 @@ def select(
 
 def _run_job(job: tuple[FileEntry, tuple[int, int]], spec: SelectSpec, ref: list[Any]) -> tuple[str, int, int]:
     return _file_job(job[0], spec, ref[0], job[1])
+
+
+def _claim(spec: SelectSpec, recipe: Recipe) -> None:
+    """As `claim`; but over more or fewer rows of the same scores, what was selected is selected anew: every rank may
+    have moved."""
+    url = storage.join(spec.ledger, "_recipe.json")
+    stored = read_recipe(url, spec.ledger)
+    if stored is not None and set(recipe.differences(stored)) == {"rows"}:
+        for f in storage.list_files(spec.ledger):
+            storage.remove(storage.join(spec.curated, f.name.removesuffix(".parquet")))
+            storage.remove(f.url)
+        storage.write_atomic(url, recipe.to_json())
+    claim(url, recipe, spec.ledger)
 
 
 def label_counts(labels: pa.Array, mask: np.ndarray) -> dict[str, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +71,28 @@ class ClusterSpec:
     token_budget: int | None = None
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Ray's native log off the terminal, where it would stand between the lines of progress; its files have it all.
+
+    Ray announces the level itself on stderr, so that is held back while it starts, and shown if it fails to.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(shown, held.read())
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
 def _start(spec: ClusterSpec) -> None:
     # A Ray that is embedded here must not report usage or start a dashboard nobody asked for.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -89,9 +113,8 @@ def _start(spec: ClusterSpec) -> None:
             ) from e
         return
     memory: dict[str, Any] = {"object_store_memory": int(spec.object_store_gb * 2**30)} if spec.object_store_gb else {}
-    # Ray's native log goes to its files; on the terminal it would stand between the lines of progress.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory)
+    with _hushed():
+        ray.init(address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory)
 
 
 def _session(spec: ClusterSpec) -> Session:

@@ -91,7 +91,7 @@ def stream(
     make_worker: Callable[[], Callable[[bytes], bytes]],
     pool: Pool,
     read: Callable[[bytes], Iterator[bytes]] | None = None,
-    readers: Readers = Readers(1, 0.25),
+    readers: Readers | None = None,
     chunks: int = 0,
 ) -> Iterator[bytes]:
     """Stream `items` through readers and the pool; yields each worker's answer as it comes, in any order.
@@ -110,6 +110,7 @@ def stream(
         [{"item": i, "error": ""} for i in items], override_num_blocks=len(items)
     )
     if read is not None:
+        readers = readers or Readers(1, 0.25)
         data = data.map_batches(_reading(read), batch_size=1, num_cpus=readers.cpus, concurrency=readers.size)
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to bound the retries, which are endless by default, and warns of the next one.

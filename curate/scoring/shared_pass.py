@@ -77,7 +77,7 @@ class SharedPass:
         self.scorers = list(scorers)
         self.needs = Needs.union(s.needs() for s in self.scorers)
         self.max_tokens, self.pad_id = max_tokens, pad_id
-        self.device = torch.device("cpu")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tap: LayerTap | None = None
         self._own_tap: LayerTap | None = None
         self._cost: ForwardCost | None = None

@@ -10,7 +10,7 @@ In: columns of equal length, in row order. Out: an Arrow table. Does not know wh
 | rank     | int64  | 0 = highest score, over the corpus (in the group, for a rule per group); null = no score |
 | quantile | double | share of scored rows that rank at or below this one, in (0, 1]; null = no score          |
 | kept     | bool   | the row is in the curated shards                                                         |
-| decision | string | "kept", "dropped" (by the rule) or "quarantined" (never scored)                          |
+| decision | string | "kept", "dropped" (by the rule), "quarantined" or "unscored" (no such score; not kept)     |
 | rule     | string | the rule; the same on every line, so that a line can be read by itself                   |
 | reason   | string | why the row was quarantined; else null                                                   |
 | label    | string | the row's label, if the source has labels; the column is absent otherwise                |
@@ -74,8 +74,9 @@ def ledger_table(
     unscored = np.isnan(scores)
     if (keep & unscored).any():
         raise CorpusError(f"row {np.asarray(rows)[keep & unscored][0]} is kept without a score")
-    words = pa.array(["kept", "dropped", "quarantined"])
-    which = np.where(unscored, 2, np.where(keep, 0, 1)).astype(np.int32)
+    words = pa.array(["kept", "dropped", "quarantined", "unscored"])
+    bad = np.array([bool(reason) for reason in reasons], dtype=bool)
+    which = np.where(unscored, np.where(bad, 2, 3), np.where(keep, 0, 1)).astype(np.int32)
     why = [(reason or _NO_REASON) if missing else None for reason, missing in zip(reasons, unscored, strict=True)]
     data: list[pa.Array] = [
         pa.array(np.asarray(rows, dtype=np.int64)),

@@ -1,8 +1,8 @@
 """Bad rows and bad corpora, through the real jobs: what is said, and what lies on disk afterwards.
 
 Rows that cannot be used cost themselves only: neighbours are scored, the row is in quarantine with its number and
-reason, the ledger says so, the curated shards lack it. What is wrong with the corpus as a whole
-is one sentence that names the thing, the value and the remedy; nothing half-written stays behind.
+reason, the ledger says so, the curated shards lack it. What is wrong with the corpus as a whole is
+one sentence that names the thing, the value and the remedy; nothing half-written stays behind.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_unknown_options_name_the_near_ones(corpus, model, tmp_path, monkeypatch
         (["run", *given, "selector.mode=remove_all"], "selector.mode = 'remove_all'"),
         (["run", *given, "selector.fraction=lots"], "selector.fraction"),
         (["run", *given, "selector.fraction=2"], "selector.fraction is 2.0; it must lie between 0 and 1"),
-        (["run", *given, "selector.count=5"], "set exactly one of selector.fraction, selector.count"),
+        (["run", *given, "selector.fraction=0.1", "selector.count=5"], "set exactly one of selector.fraction, sel"),
         (["run", *given, "source.format=parket"], "source.format='parket' is unknown; did you mean 'parquet'?"),
         (["run", *given, "source.max_tokens=many"], "source.max_tokens"),
         (["run", *given, "+nonsense=1"], "nonsense = 1: there is no such option"),
