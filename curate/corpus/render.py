@@ -17,13 +17,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
 
 from curate.corpus.example import Example, Message
 from curate.errors import BadRow, ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Private-use characters: no template trims, splits or escapes them.
 _MARK = "\ue000curate\ue001"

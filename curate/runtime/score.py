@@ -32,8 +32,6 @@ from curate.scoring.base import Needs
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
 
-PART_COLUMNS = ("id", "row", "label", "group", "prompt_tokens", "response_tokens")
-
 
 @dataclass(frozen=True)
 class ScoreSpec:

@@ -23,7 +23,7 @@ from curate.corpus.units import FileEntry, Manifest
 from curate.errors import ConfigError, near
 from curate.runtime.output import Output, claim, read_parts, read_recipe
 from curate.runtime.progress import Progress
-from curate.runtime.score import PART_COLUMNS
+from curate.runtime.stage import PART_COLUMNS
 from curate.runtime.stream import fetch, map_tasks, put
 from curate.selection.ledger import ledger_table
 from curate.selection.select import Decision, Rule, decide

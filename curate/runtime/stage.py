@@ -11,6 +11,9 @@ from curate.corpus.units import Manifest
 from curate.errors import CorpusError
 from curate.runtime.output import Output
 
+PART_COLUMNS = ("id", "row", "label", "group", "prompt_tokens", "response_tokens")
+"""Columns of a score part that are no scores."""
+
 
 @dataclass(frozen=True)
 class StageResult:
