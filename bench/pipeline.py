@@ -32,8 +32,8 @@ from curate.corpus.example import ColumnMap, to_example
 from curate.corpus.render import Renderer
 from curate.corpus.units import Unit
 from curate.models.load import ModelSpec, load_model, load_tokenizer
+from curate.runtime.cluster import ClusterSpec
 from curate.runtime.output import Output, read_parts
-from curate.runtime.session import ClusterSpec
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
 

@@ -10,11 +10,12 @@ from curate.concepts.concept import Concept
 from curate.corpus.example import ColumnMap
 from curate.corpus.recipe import Recipe
 from curate.models.load import ModelSpec
+from curate.runtime.cluster import ClusterSpec
 from curate.runtime.manifest import SourceSpec, build_manifest
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.score import ScoreSpec, score
-from curate.runtime.session import ClusterSpec, session
+from curate.runtime.session import session
 from curate.runtime.stage import StageResult
 
 

@@ -21,7 +21,7 @@ from bench import demo_rows, tiny_model
 from bench.common import GIB, MemorySampler, emit, machine, series
 from bench.stage import run_stage
 from curate.models.load import ModelSpec
-from curate.runtime.session import ClusterSpec
+from curate.runtime.cluster import ClusterSpec
 
 BENCH = "stream"
 

@@ -17,6 +17,7 @@ from curate.corpus.example import ColumnMap
 from curate.errors import ConfigError
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec
+from curate.runtime.cluster import ClusterSpec
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -86,24 +87,6 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    address: Literal["local", "existing"] = "local"
-    ray_address: str = "auto"
-    cpus: int | None = None
-    gpus: int | None = None
-    workers: int | None = None
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float | None = None
-    engine_workers: int | None = None
-    engine_cpus: float | None = None
-    engine_gpus: float | None = None
-    readers: int | None = None
-    reader_cpus: float = 0.25
-    object_store_gb: float | None = None
-    token_budget: int | None = None
-
-
-@dataclass(frozen=True)
 class Report:
     title: str
     examples: int = 8
@@ -116,14 +99,15 @@ class Settings:
 
     source: Source
     model: ModelSpec
-    concept: dict[str, ConceptSettings] | None
-    scorer: dict[str, dict[str, Any]] | None
     selector: Selector
     sink: Sink
     generation: GenerationSpec
     judge: Judge
-    cluster: Cluster
+    cluster: ClusterSpec
     report: Report
+    # An empty list of choices leaves the key out.
+    concept: dict[str, ConceptSettings] | None = None
+    scorer: dict[str, dict[str, Any] | None] | None = None
     seed: int = 0
     plan: bool = False
 
@@ -137,7 +121,7 @@ for _cls in (
     Selector,
     ConceptSettings,
     Judge,
-    Cluster,
+    ClusterSpec,
     Report,
     Settings,
 ):
@@ -163,5 +147,6 @@ def settings(config: DictConfig) -> Settings:
         for err in e.errors()[:8]:
             where = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("list[", "str", "int")))
             said = "there is no such option" if err["type"] == "unexpected_keyword_argument" else err["msg"]
-            lines.append(f"  {where} = {err['input']!r}: {said}")
+            shown = repr(err["input"])
+            lines.append(f"  {where} = {shown if len(shown) < 120 else shown[:119] + '…'}: {said}")
         raise ConfigError("these settings do not fit:\n" + "\n".join(lines)) from None

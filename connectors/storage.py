@@ -346,11 +346,7 @@ def check_writable(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove one file; one that is not there is no error.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
+    """Remove one file; one that is not there is no error."""
     if exists(url):
         fs, path = split(url)
         _again(url, "remove", lambda: fs.rm_file(path))

@@ -9,7 +9,6 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -133,11 +132,12 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
 def run(config: DictConfig, stages: Callable[[Pipeline], None]) -> None:
     """Check what can be checked without a cluster, then run the stages on one."""
     from conf.schema import settings
-    from curate.runtime.session import ClusterSpec, session
+    from curate.runtime.session import session
     from jobs.pipeline import Pipeline
 
     pipeline = Pipeline(settings(config))
     pipeline.check()
-    with session(ClusterSpec(**asdict(pipeline.config.cluster))) as running:
+    with session(pipeline.config.cluster) as running:
         pipeline.session = running
+        pipeline.check_shared()
         stages(pipeline)

@@ -71,6 +71,12 @@ class Pipeline:
         registry.discover(self.source_urls, self.config.source.format)
         storage.check_writable(self.sink)
 
+    def check_shared(self) -> None:
+        """Say so when the workers of several machines would each write to a disk of their own."""
+        for what, url in (("sink.url", self.sink), ("sink.store", self.store)):
+            if self.session.hosts > 1 and storage.is_local(url):
+                say(f"WARNING: {what}={url} must be a file system that all {self.session.hosts} machines share")
+
     @property
     def scorer_settings(self) -> dict[str, dict[str, Any]]:
         """{method: settings}; a scorer without settings is an empty mapping."""

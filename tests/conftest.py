@@ -25,7 +25,8 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def running():
     """An embedded Ray with two CPUs, for all tests that need one."""
-    from curate.runtime.session import ClusterSpec, session
+    from curate.runtime.cluster import ClusterSpec
+    from curate.runtime.session import session
 
     with session(ClusterSpec(cpus=2, object_store_gb=0.3)) as found:
         yield found

@@ -26,11 +26,10 @@ from curate.corpus.units import Manifest
 from curate.models.engines import EngineDead, GenerationSpec, make_engine, row_seed
 from curate.models.load import load_tokenizer
 from curate.runtime.output import Output
-from curate.runtime.progress import Progress
-from curate.runtime.reader import ReaderSpec, read_chunks, work_items
+from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, count_bad, too_many_bad
-from curate.runtime.stream import DEAD_DEVICE_EXIT, stream
+from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stream import DEAD_DEVICE_EXIT
 
 PART_SCHEMA = pa.schema(
     [
@@ -135,31 +134,18 @@ def generate(
     Raises:
         CorpusError: more than `max_bad_fraction` of the prompts cannot be used.
     """
-    spec.output.open(recipe)
-    remaining = spec.output.remaining(manifest)
-    left = sum(b - a for _, ranges in remaining for a, b in ranges)
-    progress = Progress("generate", manifest.rows, manifest.rows - left)
-    allowed = max_bad_fraction * manifest.rows
-    before = count_bad(spec.output, manifest)
-    if before > allowed:
-        raise too_many_bad(spec.output, before, manifest.rows, max_bad_fraction)
-    peak = 0
-    n_chunks = sum(len(ranges) for _, ranges in remaining)
-    if remaining:
-        reader = replace(spec.reader, generations=None, prompts_only=True)
-        pool = session.engines
-        make = partial(_worker, replace(spec, reader=reader), max(1, round(pool.cpus)))
-        read = partial(read_chunks, spec=reader)
-        for answer in stream(work_items(remaining), make, pool, read, session.readers, n_chunks):
-            done = json.loads(answer)
-            progress.add(done["rows"], done["tokens"], done["bad"])
-            peak = max(peak, done["rss"])
-            if before + progress.bad > allowed:
-                raise too_many_bad(spec.output, before + progress.bad, manifest.rows, max_bad_fraction)
-            if progress.tokens == done["tokens"]:
-                facts = {"engine": done["engine"], "row_reproducible": done["row_reproducible"]}
-                storage.write_atomic(storage.join(spec.output.url, "artifact.json"), json.dumps(facts, indent=2))
-    progress.close()
-    spec.output.check_whole(manifest)
-    bad = before + progress.bad
-    return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
+    reader = replace(spec.reader, generations=None, prompts_only=True)
+    make = partial(_worker, replace(spec, reader=reader), max(1, round(session.engines.cpus)))
+    where = storage.join(spec.output.url, "artifact.json")
+
+    def told(answer: dict[str, Any]) -> None:
+        facts = {"engine": answer["engine"], "row_reproducible": answer["row_reproducible"]}
+        if facts not in written:
+            written.append(facts)
+            storage.write_atomic(where, json.dumps(facts, indent=2))
+
+    written: list[dict[str, Any]] = []
+    read = partial(read_chunks, spec=reader)
+    return run_units(
+        "generate", spec.output, recipe, manifest, make, session.engines, read, session.readers, max_bad_fraction, told
+    )

@@ -20,8 +20,9 @@ from curate.corpus.units import Manifest, Unit
 from curate.errors import CorpusError
 from curate.models.engines import GenerationSpec, make_engine, row_seed
 from curate.models.load import load_model, resolve
-from curate.runtime.reader import ReaderSpec, read_chunks, work_items
+from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Pool, Session
+from curate.runtime.stage import work_items
 from curate.runtime.stream import fetch, put, stream
 from curate.scoring.base import Needs
 from curate.scoring.flops import forward_cost

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 from connectors import registry
 from connectors.base import Row
 from curate.corpus.chunk import Chunk, Quarantined
-from curate.corpus.coverage import Part
 from curate.corpus.example import ColumnMap, Example, to_example
 from curate.corpus.render import Rendered, Renderer
 from curate.corpus.units import Unit
@@ -38,26 +37,16 @@ class ReaderSpec:
     prompts_only: bool = False
 
 
-def work_items(remaining: Sequence[tuple[Unit, list[tuple[int, int]]]]) -> list[bytes]:
-    """Units and the ranges to do, as items for the stream."""
-    return [json.dumps({"unit": asdict(u), "ranges": r}).encode() for u, r in remaining]
-
-
 @lru_cache(maxsize=4)
 def _renderer(model: ModelSpec, max_tokens: int, overlong: str) -> Renderer:
     return Renderer(load_tokenizer(model), max_tokens, overlong)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=2)
-def _generation_parts(url: str) -> dict[Part, str]:
-    return Output(url).parts()
-
-
 def own_responses(url: str, key: str, start: int, stop: int) -> dict[int, str]:
     """The base model's responses to rows [start, stop) of a file, by row."""
     out = {}
-    for part, where in sorted(_generation_parts(url).items()):
-        if part.key == key and part.start < stop and part.stop > start:
+    for part, where in sorted(Output(url).parts(key).items()):
+        if part.start < stop and part.stop > start:
             table = read_part(where, ["row", "response"])
             rows, texts = table["row"].to_pylist(), table["response"].to_pylist()
             out.update({r: t for r, t in zip(rows, texts, strict=True) if start <= r < stop})

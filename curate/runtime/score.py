@@ -23,11 +23,10 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
 from curate.models.load import load_model
 from curate.runtime.output import Output
-from curate.runtime.progress import Progress
-from curate.runtime.reader import ReaderSpec, read_chunks, work_items
+from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, count_bad, too_many_bad
-from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put, stream
+from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
 from curate.scoring.base import Needs
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
@@ -122,27 +121,9 @@ def score(
         RecipeError: the output holds scores of another recipe.
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
-    spec.output.open(recipe)
-    remaining = spec.output.remaining(manifest)
-    left = sum(b - a for _, ranges in remaining for a, b in ranges)
-    progress = Progress("score", manifest.rows, manifest.rows - left)
-    allowed = max_bad_fraction * manifest.rows
-    before = count_bad(spec.output, manifest)
-    if before > allowed:
-        raise too_many_bad(spec.output, before, manifest.rows, max_bad_fraction)
-    peak = 0
-    n_chunks = sum(len(ranges) for _, ranges in remaining)
-    if remaining:
-        ref = put(list(concepts))
-        make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
-        read = partial(read_chunks, spec=spec.reader)
-        for answer in stream(work_items(remaining), make, session.scorers, read, session.readers, n_chunks):
-            done = json.loads(answer)
-            progress.add(done["rows"], done["tokens"], done["bad"])
-            peak = max(peak, done["rss"])
-            if before + progress.bad > allowed:
-                raise too_many_bad(spec.output, before + progress.bad, manifest.rows, max_bad_fraction)
-    progress.close()
-    spec.output.check_whole(manifest)
-    bad = before + progress.bad
-    return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
+    ref = put(list(concepts))  # kept here for as long as actors may be replaced
+    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
+    read = partial(read_chunks, spec=spec.reader)
+    return run_units(
+        "score", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from curate.errors import ConfigError
+from curate.runtime.cluster import ClusterSpec
 
 log = logging.getLogger(__name__)
 
@@ -48,27 +49,7 @@ class Session:
     engines: Pool
     readers: Readers
     token_budget: int
-    resources: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """See conf/cluster/*.yaml for the meaning of each field."""
-
-    address: str = "local"
-    ray_address: str = "auto"
-    cpus: int | None = None
-    gpus: int | None = None
-    workers: int | None = None
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float | None = None
-    engine_workers: int | None = None
-    engine_cpus: float | None = None
-    engine_gpus: float | None = None
-    readers: int | None = None
-    reader_cpus: float = 0.25
-    object_store_gb: float | None = None
-    token_budget: int | None = None
+    hosts: int
 
 
 @contextmanager
@@ -138,9 +119,10 @@ def _session(spec: ClusterSpec) -> Session:
     if free < spec.reader_cpus:
         share = max((cpus - spec.reader_cpus) / scorers.size, 0.01)
         scorers = Pool(scorers.size, round(share - 0.005, 2), scorers.gpus)
+    hosts = len({n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]})
     # A reader keeps several GPUs busy; on CPUs it would take from the scorers what it gives them.
     readers = Readers(spec.readers or max(1, size if gpus else size // 2), spec.reader_cpus)
-    return Session(scorers, engines, readers, budget, {"CPU": cpus, "GPU": gpus})
+    return Session(scorers, engines, readers, budget, hosts)
 
 
 @contextmanager

@@ -1,15 +1,22 @@
-"""What the stages that stream units have in common: their result, and the refusal of a corpus that is mostly bad.
+"""What the stages that stream units have in common: the loop over answers, resume, the refusal of a mostly bad corpus.
 
 Imports no model and no scorer: an actor that generates must not carry what scoring imports.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from curate.corpus.units import Manifest
+from curate.corpus.recipe import Recipe
+from curate.corpus.units import Manifest, Unit
 from curate.errors import CorpusError
 from curate.runtime.output import Output
+from curate.runtime.progress import Progress
+from curate.runtime.session import Pool, Readers
+from curate.runtime.stream import stream
 
 PART_COLUMNS = ("id", "row", "label", "group", "prompt_tokens", "response_tokens")
 """Columns of a score part that are no scores."""
@@ -25,6 +32,59 @@ class StageResult:
     tokens: int
     seconds: float
     peak_worker_gb: float = 0.0
+
+
+def work_items(remaining: Sequence[tuple[Unit, list[tuple[int, int]]]]) -> list[bytes]:
+    """Units and the ranges to do, as items for the stream."""
+    return [json.dumps({"unit": asdict(u), "ranges": r}).encode() for u, r in remaining]
+
+
+def run_units(
+    stage: str,
+    output: Output,
+    recipe: Recipe,
+    manifest: Manifest,
+    make_worker: Callable[[], Callable[[bytes], bytes]],
+    pool: Pool,
+    read: Callable[[bytes], Iterator[bytes]],
+    readers: Readers,
+    max_bad_fraction: float,
+    told: Callable[[dict[str, Any]], None] = lambda answer: None,
+) -> StageResult:
+    """Stream what `output` lacks of `manifest` through readers and workers that commit it.
+
+    Args:
+        make_worker: runs in each actor's constructor, see `stream`.
+        told: called with each worker's answer: rows, bad, tokens, rss, and what else the worker says.
+
+    Raises:
+        RecipeError: the output holds another recipe's product.
+        CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
+    """
+    output.open(recipe)
+    remaining = output.remaining(manifest)
+    chunks = [b - a for _, ranges in remaining for a, b in ranges]
+    left = sum(chunks)
+    progress = Progress(stage, manifest.rows, manifest.rows - left)
+    before = count_bad(output, manifest)
+    peak = 0
+
+    def refuse_too_many() -> None:
+        if before + progress.bad > max_bad_fraction * manifest.rows:
+            raise too_many_bad(output, before + progress.bad, manifest.rows, max_bad_fraction)
+
+    refuse_too_many()
+    if remaining:
+        for answer in stream(work_items(remaining), make_worker, pool, read, readers, len(chunks)):
+            done = json.loads(answer)
+            progress.add(done["rows"], done["tokens"], done["bad"])
+            peak = max(peak, done["rss"])
+            told(done)
+            refuse_too_many()
+    progress.close()
+    output.check_whole(manifest)
+    bad = before + progress.bad
+    return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
 
 
 def count_bad(output: Output, manifest: Manifest) -> int:

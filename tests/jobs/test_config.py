@@ -1,0 +1,69 @@
+"""Every choice of every group composes and passes the schema; every option has its default in YAML, with a comment."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+import yaml
+
+from conf.schema import settings
+from curate.scoring.registry import SCORERS
+from jobs.app import compose_config
+from jobs.cli import JOBS
+from jobs.submit import prepared
+
+MANDATORY = {
+    "source/files": ["source.url=data"],
+    "model/hf": ["model.path=x"],
+    "concept/persona": ["concept.persona.path=x"],
+    "concept/probe": ["concept.probe.path=x", "concept.probe.positive_label=bad"],
+    "concept/file": ["concept.file.path=x"],
+    "judge/openai": ["judge.model=x"],
+}
+LISTS = ("concept", "scorer")
+CHOICES = [
+    (group.name, choice.name.removesuffix(".yaml"))
+    for group in resources.files("conf").iterdir()
+    if group.is_dir() and not group.name.startswith("_")
+    for choice in group.iterdir()
+    if choice.name.endswith(".yaml")
+]
+
+
+@pytest.mark.parametrize(("group", "choice"), sorted(CHOICES))
+def test_every_choice_composes(group, choice):
+    value = f"[{choice}]" if group in LISTS else choice
+    found = settings(compose_config("run", [f"{group}={value}", *MANDATORY.get(f"{group}/{choice}", [])]))
+    if group == "scorer":
+        assert list(found.scorer) == [choice]
+    assert found.source.unit_rows > 0
+
+
+@pytest.mark.parametrize("job", sorted(set(JOBS) - {"submit"}))
+def test_every_job_composes(job):
+    assert settings(compose_config(job, [])).source.name == "demo"
+
+
+def test_every_scorer_has_a_choice():
+    assert {c for g, c in CHOICES if g == "scorer"} == set(SCORERS)
+
+
+@pytest.mark.parametrize(("group", "choice"), sorted(CHOICES))
+def test_every_choice_says_what_it_is(group, choice):
+    text = (resources.files("conf") / group / f"{choice}.yaml").read_text()
+    lines = [x for x in text.splitlines() if not x.startswith("# @package")]
+    assert lines[0].startswith("# ") or "\n# " in text or group == "report"
+    yaml.safe_load(text)
+
+
+def test_the_submission_id_follows_the_settings(tmp_path):
+    base = ["source=files", "source.url=s3://b/x", f"sink.url={tmp_path}", f"sink.store={tmp_path}/s"]
+    name, given = prepared("run", base, False)
+    assert name.startswith("curate-run-")
+    assert given == base
+    assert prepared("run", base[::-1], False)[0] == name
+    assert prepared("run", [*base, "cluster.workers=9"], False)[0] == name
+    assert prepared("run", [*base, "selector.fraction=0.5"], False)[0] != name
+    assert prepared("score", base, False)[0] != name
+    assert prepared("run", [*base[:-1], f"sink.store={tmp_path}/t"], False)[0] != name
