@@ -132,9 +132,11 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
 def run(config: DictConfig, stages: Callable[[Pipeline], None]) -> None:
     """Check what can be checked without a cluster, then run the stages on one."""
     from conf.schema import settings
+    from curate.runtime.progress import show_log
     from curate.runtime.session import session
     from jobs.pipeline import Pipeline
 
+    show_log()
     pipeline = Pipeline(settings(config))
     pipeline.check()
     with session(pipeline.config.cluster) as running:

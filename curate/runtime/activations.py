@@ -24,7 +24,7 @@ from curate.runtime.progress import Progress, say
 from curate.runtime.session import Session
 from curate.runtime.stream import stream
 
-CHUNK = 64
+CHUNK = 16  # small enough that a few dozen examples keep every actor busy
 
 
 class ActivationWorker:

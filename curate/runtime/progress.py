@@ -6,6 +6,7 @@ Lines go to stderr, as text, or as JSON with CURATE_LOG=json.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -25,6 +26,24 @@ def say(message: str, **fields: Any) -> None:
     else:
         tail = "".join(f" {k}={v}" for k, v in fields.items())
         tqdm.write(f"{message}{tail}", file=sys.stderr)
+
+
+class _Said(logging.Handler):
+    """The library's own log, said like everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage() if record.levelno < logging.WARNING else f"WARNING: {record.getMessage()}")
+
+
+def show_log() -> None:
+    """Show what the library logs (a model that is converted once, say), and no bars of other libraries."""
+    from transformers.utils import logging as transformers_logging  # seconds; tasks that only move rows come here too
+
+    transformers_logging.disable_progress_bar()
+    library = logging.getLogger("curate")
+    if not library.handlers:
+        library.addHandler(_Said())
+        library.setLevel(logging.INFO)
 
 
 class Progress:
