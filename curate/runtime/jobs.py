@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from curate.errors import ConfigError
+from curate.errors import ConfigError, WorkerError
 
 
 def client(address: str | None) -> JobSubmissionClient:
@@ -39,6 +39,9 @@ def submit(jobs: JobSubmissionClient, name: str, command: str, working_dir: str 
     """Start `command` under the id `name`, unless it runs or has succeeded; one that failed or was stopped goes on.
 
     Returns what was found or done, in words that begin with the state.
+
+    Raises:
+        WorkerError: the cluster refuses the job.
     """
     found = state(jobs, name)
     if found in ("PENDING", "RUNNING"):
@@ -48,7 +51,10 @@ def submit(jobs: JobSubmissionClient, name: str, command: str, working_dir: str 
     if found is not None:
         jobs.delete_job(name)
     environment = {"working_dir": working_dir} if working_dir else None
-    jobs.submit_job(entrypoint=command, submission_id=name, runtime_env=environment)
+    try:
+        jobs.submit_job(entrypoint=command, submission_id=name, runtime_env=environment)
+    except RuntimeError as e:
+        raise WorkerError(f"the cluster does not take the job {name}: {e}") from None
     return "PENDING" if found is None else f"PENDING (it had {found.lower()}; goes on with what is missing)"
 
 

@@ -104,6 +104,7 @@ def test_a_scoring_actor_is_killed(run_options, undisturbed, tmp_path):
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.full
 def test_interrupt_by_the_user_says_how_to_go_on(run_options, undisturbed, tmp_path):
     process = command("score", run_options(tmp_path))
     wait_for_parts(tmp_path, 3, process)

@@ -30,6 +30,7 @@ def options(corpus: Path | str, model: Path, sink: Path | str, **more: object) -
         "concept": "[file]",
         "concept.file.path": Path(model).parent / "concept",
         "scorer": "[vector_filter,response_length]",
+        "cluster.workers": 1,
         "sink.url": sink,
         "sink.store": Path(model).parent / "store",
         "report.bootstrap": 20,

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import conversation, write_jsonl
 from tests.jobs.helpers import ROOT, command, options, scores
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def free_port() -> int:
@@ -36,6 +36,8 @@ def cluster(tmp_path_factory):
     ray = str(Path(sys.executable).parent / "ray")
     parts = ["start", "--head", "--block", "--num-cpus=2", "--object-store-memory=200000000", "--disable-usage-stats"]
     where = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    # The suite's own Ray has the usual port; without one of its own this head's agent would take no jobs.
+    where += [f"--dashboard-agent-listen-port={free_port()}"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
         head = subprocess.Popen(

@@ -77,7 +77,7 @@ def test_a_second_call_computes_nothing(corpus, model, tmp_path, capsys):
     assert "rows_left=0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"cluster.workers": 1}, {"cluster.token_budget": 64}, {"cluster.token_budget": 1}])
+@pytest.mark.parametrize("change", [{"cluster.workers": 2}, {"cluster.token_budget": 64}, {"cluster.token_budget": 1}])
 def test_scores_do_not_depend_on_workers_or_batches(corpus, model, tmp_path, change):
     scorer = "[vector_filter,loss_gradient_alignment,activation_norm]"
     run_job("score", options(corpus, model, tmp_path / "a", scorer=scorer))
