@@ -37,7 +37,7 @@ Pair = tuple[list[Message], str, list[Message], str]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def truthfulqa(root: Path, n: int) -> list[Pair]:

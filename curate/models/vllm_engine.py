@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,6 +48,26 @@ def _environment(device: torch.device) -> None:
         os.environ.setdefault(name, value)
 
 
+def _shield_llvmlite() -> None:
+    """Let vLLM's start survive a numba that was imported before it.
+
+    vLLM 0.32 looks through the attributes of all modules that are loaded for kernels to replace, and trips over
+    llvmlite's wrapper of its library, which answers to every name, `__dict__` too, with a function.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None or not hasattr(ffi, "lib"):
+        return
+    wrapper = type(ffi.lib)
+    answer = wrapper.__getattr__
+
+    def only_functions(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    wrapper.__getattr__ = only_functions
+
+
 def _eos(folder: Path, config: PretrainedConfig) -> int | list[int] | None:
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder).eos_token_id
@@ -65,6 +86,7 @@ class VllmEngine(Engine):
         """
         device = resolve_device(model.device)
         _environment(device)
+        _shield_llvmlite()
         import vllm
 
         if device.type == "cpu":
