@@ -74,14 +74,6 @@ class Manifest:
         payload = [self.format, first, self.rows, [[f.key, f.digest, f.rows] for f in self.files]]
         return hashlib.blake2b(json.dumps(payload).encode(), digest_size=16).hexdigest()
 
-    def offsets(self) -> dict[str, int]:
-        """Global index of each file's first row, in manifest order: ties in a ranking are broken by it."""
-        out, total = {}, 0
-        for f in self.files:
-            out[f.key] = total
-            total += f.rows
-        return out
-
     def head(self, max_rows: int | None) -> Manifest:
         """The manifest of the first `max_rows` rows."""
         if max_rows is None or max_rows >= self.rows:
