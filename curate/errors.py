@@ -30,6 +30,10 @@ class ConceptError(CurateError):
     """A concept file is broken or belongs to another model, width or layer."""
 
 
+class CurvatureError(CurateError):
+    """Factors, queries or test vectors that cannot be used: of another model, singular, not finite, zero."""
+
+
 class WorkerError(CurateError):
     """Workers died more often than they are replaced."""
 

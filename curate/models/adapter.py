@@ -14,6 +14,7 @@ from torch import Tensor
 from curate.errors import ModelError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +42,19 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the adapter was made for another base: a module is not there, has another shape, or is left out.
     """
+    return _adapted(model, folder).merge_and_unload()
+
+
+def attach(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter's matrices as linear layers beside the weights that they correct.
+
+    Raises:
+        ModelError: as `merge`.
+    """
+    return cast("PreTrainedModel", _adapted(model, folder).get_base_model())
+
+
+def _adapted(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict  # costs a second, and few models have an adapter
 
     check_folder(folder)
@@ -60,7 +74,7 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     left_out = set(get_peft_model_state_dict(adapted)) - set(shapes)
     if left_out:
         raise ModelError(f"{refusal}: it has no weights for {len(left_out)} modules, such as {min(left_out)!r}")
-    return adapted.merge_and_unload()
+    return adapted
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

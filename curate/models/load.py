@@ -37,6 +37,7 @@ class ModelSpec:
     """Which model, in which precision, where. `path` takes the forms of locate.py; `adapter` those of folders.
 
     `dtype=auto` is bfloat16 on CUDA and float32 elsewhere. `chat_template` is a Jinja text or a file that holds one.
+    Without `merge_adapter` the adapter's matrices stay layers of their own beside the weights that they correct.
     """
 
     path: str
@@ -47,6 +48,7 @@ class ModelSpec:
     attention: str = "sdpa"
     trust_remote_code: bool = False
     chat_template: str | None = None
+    merge_adapter: bool = True
 
 
 def resolve_device(device: str) -> torch.device:
@@ -164,7 +166,7 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """The model on its device, adapter merged, eval mode, no gradients for weights.
+    """The model on its device, adapter merged (or beside the weights), eval mode, no gradients for weights.
 
     Raises:
         ModelError: it cannot be loaded (the reason is in the message), or the adapter belongs to another base.
@@ -195,7 +197,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     model, info = loaded
     check_complete(info, spec.path)
     if adapter is not None:
-        model = lora.merge(model, adapter)
+        model = lora.merge(model, adapter) if spec.merge_adapter else lora.attach(model, adapter)
     model.to(device)  # type: ignore[arg-type]  # the method's wrapper hides its signature
     return model.eval().requires_grad_(False)
 

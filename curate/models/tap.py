@@ -181,6 +181,33 @@ class LayerTap:
             gradients = torch.autograd.grad(loss, [live[layer] for layer in wanted])
         return {layer: seen[layer] for layer in self.layers}, dict(zip(wanted, gradients, strict=True))
 
+    def backward_from(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        lowest: int,
+        objective: Callable[[Float[Tensor, "batch tokens d"]], Float[Tensor, ""]],
+    ) -> Float[Tensor, ""]:
+        """A backward of objective(h_top) down to the input of block `lowest`, for those who hook what lies between.
+
+        `top` is the tap's highest layer: nothing above it is computed. Returns the objective's value, detached.
+        """
+        top = self.layers[-1]
+        held: dict[int, Tensor] = {}
+
+        def keep(layer: int, state: Tensor) -> Tensor | None:
+            if layer == lowest:
+                held[layer] = state.detach().requires_grad_(True)
+                return held[layer]
+            held[layer] = state
+            raise _Reached
+
+        with torch.enable_grad(), self._hooks([lowest, *([top] if top != self.n_layers else [])], keep):
+            with suppress(_Reached):
+                held[top] = self._decode(input_ids, None)
+            value = objective(held[top])
+            value.backward(inputs=[held[lowest]])
+        return value.detach()
+
     def _decode(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         # The base model has no head. Hugging Face's hidden_states[-1] is this output for every decoder.
         return self.model.base_model(
