@@ -3,7 +3,7 @@
 In: a model, tracked layers, token ids, a scalar objective of one hidden state. Out: for every tracked layer a call with
 a [batch, tokens, in] and δ [batch, tokens, out], from the last layer to the first; no weight gets a gradient. This is
 all that factors (a aᵀ, δ δᵀ), query gradients (Σ_t δ_t a_tᵀ) and contraction scores (Σ_t δ_tᵀ S a_t) are made of.
-Does not know what the objective is. The backward ends at the lowest tracked block, the forward at the objective's layer.
+Does not know what the objective is. The backward ends at the lowest tracked block, the forward at the layer read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel

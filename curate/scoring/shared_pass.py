@@ -24,10 +24,10 @@ from curate.corpus.render import Rendered
 from curate.errors import ConfigError
 from curate.models.batching import collate, token_batches
 from curate.models.pooling import response_mean, response_sum
+from curate.models.response_loss import loss_counts, summed_response_loss
 from curate.models.tap import LayerTap, width
 from curate.scoring.base import Batch, Columns, Needs, Scorer
 from curate.scoring.flops import ForwardCost, model_cost
-from curate.models.response_loss import loss_counts, summed_response_loss
 
 # Rows whose pooled vectors are held at once: 4,096 rows of width 4,096 are 64 MiB a layer.
 _WINDOW = 4096
