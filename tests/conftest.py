@@ -32,6 +32,12 @@ def running():
         yield found
 
 
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Jobs of the test run inline. For what is the same on Ray, where each stage's actors cost seconds to start."""
+    monkeypatch.setattr("tests.jobs.helpers.HERE", True)
+
+
 def conversation(i: int, label: str = "plain") -> dict:
     """Row i of a made-up corpus; the length varies with i."""
     answer = " ".join(f"word{(i * 7 + k) % 23}" for k in range(3 + i % 11))

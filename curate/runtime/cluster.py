@@ -10,7 +10,7 @@ from typing import Literal
 class ClusterSpec:
     """See conf/cluster/*.yaml for the meaning of each field."""
 
-    address: Literal["local", "existing"] = "local"
+    address: Literal["local", "existing", "inline"] = "local"
     ray_address: str = "auto"
     cpus: int | None = None
     gpus: int | None = None

@@ -58,7 +58,7 @@ class Output:
         return storage.join(self.url, "recipe.json")
 
     def open(self, recipe: Recipe) -> None:
-        """Claim the place for `recipe`, or go on with what an earlier run of it left.
+        """Claim the place for `recipe`, or go on with what an earlier run left, less the half files of a killed one.
 
         Raises:
             RecipeError: the place holds the product of another recipe; names the fields that differ.
@@ -69,6 +69,7 @@ class Output:
                 f"{self.url} holds parts but no recipe.json, so nobody can say what they are; remove them"
             )
         claim(self.recipe_url, recipe, self.url)
+        storage.remove_stale_temps(self.url)
 
     def recipe(self) -> Recipe | None:
         """The stored recipe, or None where nothing was made yet."""

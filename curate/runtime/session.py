@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
+import torch
 
 from curate.errors import ConfigError
 from curate.runtime.cluster import ClusterSpec
+from curate.runtime.inline import inline
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,7 @@ def _session(spec: ClusterSpec) -> Session:
                 f"cluster.{what}={pool.size} with {pool.cpus:g} CPUs and {pool.gpus:g} GPUs each does not fit the "
                 f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower it, or the CPUs and GPUs per actor"
             )
-    budget = spec.token_budget or (65536 if per_gpu else 1024)
+    budget = spec.token_budget or _budget(per_gpu)
     # Readers and scorers share the CPUs; a pool that takes all of them leaves readers none and the stream stands still.
     free = cpus - scorers.size * scorers.cpus
     if free < spec.reader_cpus:
@@ -125,13 +128,28 @@ def _session(spec: ClusterSpec) -> Session:
     return Session(scorers, engines, readers, budget, hosts)
 
 
+def _here(spec: ClusterSpec) -> Session:
+    """This process as a pool of one."""
+    gpus = float(torch.cuda.device_count() > 0)
+    pool = Pool(1, float(spec.cpus or psutil.cpu_count(logical=False) or 1), gpus)
+    return Session(pool, pool, Readers(1, 0.0), spec.token_budget or _budget(gpus), 1)
+
+
+def _budget(gpus: float) -> int:
+    return 65536 if gpus else 1024
+
+
 @contextmanager
 def session(spec: ClusterSpec) -> Iterator[Session]:
-    """Start or join Ray for the length of the block; leaves a Ray alone that the caller had started.
+    """Start or join Ray (or neither, inline) for the length of the block; leaves a Ray alone that the caller started.
 
     Raises:
         ConfigError: no cluster answers, or the configured pool does not fit it.
     """
+    if spec.address == "inline":
+        with inline():
+            yield _here(spec)
+        return
     mine = not ray.is_initialized()
     if mine:
         _start(spec)

@@ -16,6 +16,7 @@ import ray
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
+from curate.runtime.inline import Held, is_inline, run_inline
 from curate.runtime.session import Pool, Readers
 
 DEAD_DEVICE_EXIT = 13
@@ -103,6 +104,9 @@ def stream(
         CurateError: raised in a reader or a worker; the first one ends the stream.
         WorkerError: workers died more often than they are replaced.
     """
+    if is_inline():
+        yield from run_inline(items, make_worker, read)
+        return
     if not items:
         return
     size = min(pool.size, max(len(items), chunks))
@@ -133,18 +137,21 @@ def stream(
         raise _worded(e) from e
 
 
-def put(value: Any) -> ray.ObjectRef:
+def put(value: Any) -> ray.ObjectRef | Held:
     """Place a large value in the object store once; actors fetch it with `fetch` in their constructors."""
-    return ray.put(value)
+    return Held(value) if is_inline() else ray.put(value)
 
 
-def fetch(ref: ray.ObjectRef) -> Any:
+def fetch(ref: ray.ObjectRef | Held) -> Any:
     """The value of `put`; NumPy buffers are shared within a node."""
-    return ray.get(ref)
+    return ref.value if isinstance(ref, Held) else ray.get(ref)
 
 
 def map_tasks(fn: Callable[[Any], Any], items: Sequence[Any], cpus: float = 0.5) -> Iterator[Any]:
     """Run `fn` over `items` as Ray tasks, a bounded number at a time; yields results in the order of `items`."""
+    if is_inline():
+        yield from map(fn, items)
+        return
 
     @ray.remote(num_cpus=cpus, max_retries=3)
     def call(item: Any) -> Any:

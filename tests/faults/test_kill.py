@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -68,29 +69,68 @@ def assert_same(sink: Path, undisturbed: dict) -> None:
     found = parts(sink)
     assert found.keys() == undisturbed.keys()
     assert all(found[n].equals(undisturbed[n]) for n in found)
-    half = [p for p in sink.rglob("*.tmp")]
-    assert len(half) <= WORKERS, half  # a killed writer's temporary file is hidden and never taken for a part
-    assert not any(p.suffix == ".parquet" for p in half)
 
 
-def test_the_driver_is_killed_halfway(run_options, undisturbed, tmp_path):
-    process = command("score", run_options(tmp_path))
-    wait_for_parts(tmp_path, len(undisturbed) // 2, process)
+COUNTER = """
+import importlib.machinery as machinery
+load = machinery.SourceFileLoader.exec_module
+
+def exec_module(self, module):
+    load(self, module)
+    if module.__name__ != "curate.scoring.shared_pass":
+        return
+    run = module.SharedPass.run
+
+    def counted(self, examples, *arguments, **named):
+        result = run(self, examples, *arguments, **named)
+        with open({log!r}, "ab", buffering=0) as f:
+            f.write("".join(f"{{e.row}}\\n" for e in examples).encode())
+        return result
+
+    module.SharedPass.run = counted
+
+machinery.SourceFileLoader.exec_module = exec_module
+"""
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch) -> Path:
+    """A file to which every process of a run adds the rows that it has scored, whether they were committed or not."""
+    log = tmp_path / "scored"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(COUNTER.format(log=str(log)))
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), *([before] if before else [])]))
+    return log
+
+
+def test_the_driver_is_killed_halfway(run_options, undisturbed, tmp_path, scored, capsys):
+    sink = tmp_path / "out"
+    process = command("score", run_options(sink))
+    wait_for_parts(sink, len(undisturbed) // 2, process)
     relatives = family(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
     process.stdout.close()
     process.stderr.close()
     assert_all_gone(relatives)  # no orphan goes on writing
-    left = parts(tmp_path)
+    left = parts(sink)
     assert 0 < len(left) < len(undisturbed), "the kill came too late to test anything"
 
-    again = command("score", run_options(tmp_path))
+    again = command("score", run_options(sink))
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     done = sum(t.num_rows for t in left.values())
     assert f"rows_done={done} rows_left={ROWS - done}" in err
-    assert_same(tmp_path, undisturbed)
+    assert_same(sink, undisturbed)
+    assert not list(sink.rglob("*.tmp"))  # what the killed writers left half done is gone
+
+    times = Counter(scored.read_text().split())
+    assert len(times) == ROWS
+    twice = sum(n - 1 for n in times.values())
+    assert twice <= WORKERS * UNIT, f"{twice} rows were scored twice"
+    with capsys.disabled():
+        print(f"\n{twice} of {ROWS} rows were scored twice after the kill (at most {WORKERS * UNIT} may be)")
 
 
 def test_a_scoring_actor_is_killed(run_options, undisturbed, tmp_path):

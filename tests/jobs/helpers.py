@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jobs.app import compose_config, run
 
 ROOT = Path(__file__).parents[2]
+HERE = False  # True: run_job runs without Ray, which saves the seconds that every actor needs to import torch
 
 
 def options(corpus: Path | str, model: Path, sink: Path | str, **more: object) -> list[str]:
@@ -41,9 +42,12 @@ def options(corpus: Path | str, model: Path, sink: Path | str, **more: object) -
 
 
 def run_job(job: str, overrides: list[str]) -> None:
-    """In this process; errors are raised as they are."""
+    """In this process; errors are raised as they are. Inline (see the fixture `here`) or on the suite's Ray."""
     import importlib
 
+    if HERE:
+        pools = [o for o in overrides if o.startswith("cluster.") and not o.startswith("cluster.token_budget")]
+        overrides = [*(o for o in overrides if o not in pools), "cluster=inline"]
     run(compose_config(job, overrides), importlib.import_module(f"jobs.{job}").stages)
 
 

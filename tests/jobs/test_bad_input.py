@@ -37,7 +37,6 @@ from tests.jobs.bad_input import (
 from tests.jobs.helpers import ledger, options, run_job, scores
 
 POISON = "~"  # the model of `poisoned` answers this character with NaN
-pytestmark = pytest.mark.usefixtures("running")
 
 
 # ---- bad rows ----
@@ -107,6 +106,7 @@ def plain_score(model: Path, messages: list[dict]) -> float:
     return float(states[inside].mean(0) @ v / v.norm())
 
 
+@pytest.mark.usefixtures("running")
 def test_bad_rows_of_every_kind_cost_themselves_only(poisoned, tmp_path, capsys):
     plain = [json.dumps(conversation(i)).encode() for i in range(30)]
     odd = [json.dumps(r, ensure_ascii=False).encode() for r in GOOD]
@@ -152,6 +152,7 @@ def test_bad_rows_of_every_kind_cost_themselves_only(poisoned, tmp_path, capsys)
     assert contents(sink) == there
 
 
+@pytest.mark.usefixtures("here")
 def test_bad_rows_in_parquet(poisoned, tmp_path):
     good = [(f"question {i}?", f"answer {i} " + "word " * (i % 5)) for i in range(20)]
     rows: list[tuple[bytes | None, bytes | None]] = [(a.encode(), b.encode()) for a, b in good]
@@ -190,6 +191,7 @@ def test_bad_rows_in_parquet(poisoned, tmp_path):
     assert curated["n"].to_pylist() == [e["row"] for e in entries if e["kept"]]
 
 
+@pytest.mark.usefixtures("running")
 def test_too_many_bad_rows_end_the_job_and_a_higher_limit_goes_on(corpus, model, tmp_path):
     lines = (corpus / "a.jsonl").read_bytes().splitlines()
     for i in range(0, 30, 2):
@@ -226,6 +228,7 @@ def test_too_many_bad_rows_end_the_job_and_a_higher_limit_goes_on(corpus, model,
 # ---- the corpus as a whole ----
 
 
+@pytest.mark.usefixtures("here")
 def test_a_missing_source(model, tmp_path, monkeypatch, capsys):
     sink = tmp_path / "out"
     write_jsonl(tmp_path / "conversations.jsonl", [conversation(0)])
@@ -238,6 +241,7 @@ def test_a_missing_source(model, tmp_path, monkeypatch, capsys):
     assert not sink.exists()
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -262,6 +266,7 @@ def test_an_empty_corpus(model, tmp_path, make: Callable[[Path], object], messag
     assert contents(sink) == {}
 
 
+@pytest.mark.usefixtures("here")
 def test_an_unknown_column(corpus, model, tmp_path):
     sink = tmp_path / "out"
     for change, message in [
@@ -277,6 +282,7 @@ def test_an_unknown_column(corpus, model, tmp_path):
     assert contents(sink) == {}
 
 
+@pytest.mark.usefixtures("here")
 def test_mixed_schemas(corpus, model, tmp_path):
     sink = tmp_path / "out"
     write_jsonl(corpus / "c.jsonl", [{"prompt": "q", "response": "a", "label": "plain", "group": "g0"}] * 3)
@@ -304,6 +310,7 @@ def _parquet_table(n: int = 60) -> pa.Table:
 UNLABELLED = {"source.columns.label": None, "source.columns.group": None, "source.positive_label": None}
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("kind", ["plain", "gz", "parquet"])
 def test_a_shard_cut_off_in_the_middle_stops_the_job_before_any_work(corpus, model, tmp_path, kind):
     sink, more = tmp_path / "out", {}
@@ -330,6 +337,7 @@ def test_a_shard_cut_off_in_the_middle_stops_the_job_before_any_work(corpus, mod
     assert contents(sink) == {}
 
 
+@pytest.mark.usefixtures("here")
 def test_broken_shards_are_left_out_when_asked(corpus, model, tmp_path):
     sink = tmp_path / "out"
     shutil.copy(corpus / "b.jsonl", corpus / "c.jsonl")
@@ -351,6 +359,7 @@ def test_broken_shards_are_left_out_when_asked(corpus, model, tmp_path):
     assert contents(sink) == there
 
 
+@pytest.mark.usefixtures("running")
 def test_a_shard_found_broken_while_scoring(model, tmp_path):
     source, sink = tmp_path / "corpus", tmp_path / "out"
     source.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,9 +26,8 @@ from tests.jobs.bad_input import (
 from tests.jobs.helpers import command, options, run_job
 from tests.tiny import save_tiny
 
-pytestmark = pytest.mark.usefixtures("running")
 
-
+@pytest.mark.usefixtures("here")
 def test_a_wrong_layer(corpus, model, tmp_path):
     sink = tmp_path / "out"
     for change, kind, message in [
@@ -42,6 +42,7 @@ def test_a_wrong_layer(corpus, model, tmp_path):
     assert not (sink / "scores").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_a_concept_of_another_width_or_model(corpus, model, tmp_path):
     sink = tmp_path / "out"
     wide = save_concept(tmp_path / "wide", model, 0, width=48)
@@ -62,6 +63,7 @@ def test_a_concept_of_another_width_or_model(corpus, model, tmp_path):
     assert not (sink / "scores").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_unknown_options_name_the_near_ones(corpus, model, tmp_path, monkeypatch, capsys):
     sink = tmp_path / "out"
     given = options(corpus, model, sink)
@@ -88,6 +90,8 @@ def test_unknown_options_name_the_near_ones(corpus, model, tmp_path, monkeypatch
     ]:  # fmt: skip
         assert expected in said(capsys, monkeypatch, *arguments), arguments[-1]
     assert contents(sink) == {}
+    # Hydra's own flags (--config-dir above) must not switch off what the library has to say.
+    assert not logging.getLogger("curate.models.engines").disabled
 
 
 # ---- the output place ----
@@ -105,6 +109,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.usefixtures("here")
 def test_unwritable_output(corpus, model, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("a file")
     before = contents(tmp_path)
@@ -124,6 +129,7 @@ def test_unwritable_output(corpus, model, tmp_path, monkeypatch, capsys):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.usefixtures("here")
 def test_a_read_only_disk(corpus, model, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     sink = small_disk / "out"
@@ -131,6 +137,7 @@ def test_a_read_only_disk(corpus, model, small_disk):
         run_job("score", options(corpus, model, sink))
 
 
+@pytest.mark.usefixtures("here")
 def test_no_space_left(corpus, model, small_disk):
     before, sink = contents(corpus), small_disk / "out"
     big = [
@@ -172,6 +179,7 @@ def test_no_space_left(corpus, model, small_disk):
 # ---- as a person meets it ----
 
 
+@pytest.mark.usefixtures("here")
 def test_a_process_of_its_own_ends_with_status_2_and_one_message(corpus, model, tmp_path):
     """An error within a worker, which Ray wraps several times over, and one before Ray is started."""
     for path in corpus.iterdir():

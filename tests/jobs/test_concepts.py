@@ -16,7 +16,6 @@ from tests.conftest import conversation
 from tests.evaluation.server import completion, serve
 from tests.jobs.helpers import options, run_job, scores
 
-pytestmark = pytest.mark.usefixtures("running")
 WORDS = [
     ("yes indeed", "no sir"),
     ("sure thing", "not at all"),
@@ -62,6 +61,7 @@ def kept(store: Path) -> list[Path]:
     return sorted((store / "concepts").glob("*.json"))
 
 
+@pytest.mark.usefixtures("running")
 def test_a_persona_vector_from_contrastive_responses(corpus, model, tmp_path, capsys):
     given = options(corpus, model, tmp_path / "out", concept="[persona]", **{"concept.file.path": None})
     given += [f"concept.persona.path={trait(tmp_path)}", f"sink.store={tmp_path / 'store'}"]
@@ -86,6 +86,7 @@ def test_a_persona_vector_from_contrastive_responses(corpus, model, tmp_path, ca
     assert "found at" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("here")
 def test_a_probe_from_labelled_rows(corpus, model, tmp_path):
     given = options(corpus, model, tmp_path / "out", concept="[probe]", **{"concept.file.path": None})
     given += [f"concept.probe.path={corpus}", f"sink.store={tmp_path / 'store'}"]
@@ -107,6 +108,7 @@ def test_a_probe_from_labelled_rows(corpus, model, tmp_path):
     assert cosine > 0.999
 
 
+@pytest.mark.usefixtures("here")
 def test_a_persona_vector_from_judged_rollouts(corpus, model, tmp_path):
     """The judge, over real HTTP, finds the trait in every answer, so that no pair can be kept."""
     seen: dict[str, int] = {}
@@ -139,6 +141,7 @@ def test_a_persona_vector_from_judged_rollouts(corpus, model, tmp_path):
     assert files.load(str(path)).meta["judged"] is False
 
 
+@pytest.mark.usefixtures("here")
 def test_a_vector_of_persona_vectors_as_pt(corpus, model, tmp_path):
     vectors = torch.from_numpy(np.array(files.load(str(model.parent / "concept")).vectors))
     torch.save(vectors, tmp_path / "kind_response_avg_diff.pt")
@@ -149,6 +152,7 @@ def test_a_vector_of_persona_vectors_as_pt(corpus, model, tmp_path):
     assert a == pytest.approx(scores(tmp_path / "own", "vector_filter.test.L2"), rel=1e-6)
 
 
+@pytest.mark.usefixtures("here")
 def test_baselines_need_no_concept(corpus, model, tmp_path):
     given = options(
         corpus, model, tmp_path / "out", concept="[]", scorer="[random,bm25]", **{"concept.file.path": None}

@@ -14,7 +14,6 @@ import pytest
 from tests.conftest import conversation
 from tests.jobs.helpers import ledger, options, run_job
 
-pytestmark = pytest.mark.usefixtures("running")
 ROWS = [conversation(i) for i in range(30)]
 
 
@@ -55,6 +54,7 @@ def read_gz(folder: Path) -> list[dict]:
     return [json.loads(x) for x in gzip.decompress((folder / "a.jsonl.gz").read_bytes()).splitlines()]
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("write", "read"),
     [(parquet, read_parquet), (arrow, read_arrow), (hf_disk, read_hf), (jsonl_gz, read_gz)],

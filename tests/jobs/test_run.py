@@ -16,7 +16,6 @@ from tests.conftest import conversation
 from tests.jobs.helpers import curated, ledger, options, parts, run_job, scores
 
 COLUMN = "vector_filter.test.L2"
-pytestmark = pytest.mark.usefixtures("running")
 
 
 @torch.no_grad()
@@ -37,6 +36,7 @@ def plain_scores(model: Path, rows: list[dict]) -> dict[str, float]:
     return out
 
 
+@pytest.mark.usefixtures("running")
 def test_the_main_job_end_to_end(corpus, model, tmp_path):
     sink = tmp_path / "out"
     run_job("run", options(corpus, model, sink))
@@ -67,6 +67,7 @@ def test_the_main_job_end_to_end(corpus, model, tmp_path):
     assert "<script" not in page
 
 
+@pytest.mark.usefixtures("running")
 def test_a_second_call_computes_nothing(corpus, model, tmp_path, capsys):
     overrides = options(corpus, model, tmp_path / "out")
     run_job("run", overrides)
@@ -77,17 +78,20 @@ def test_a_second_call_computes_nothing(corpus, model, tmp_path, capsys):
     assert "rows_left=0" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("change", [{"cluster.workers": 2}, {"cluster.token_budget": 64}, {"cluster.token_budget": 1}])
-def test_scores_do_not_depend_on_workers_or_batches(corpus, model, tmp_path, change):
+def test_scores_do_not_depend_on_workers_or_batches(corpus, model, tmp_path, change, monkeypatch):
     scorer = "[vector_filter,loss_gradient_alignment,activation_norm]"
-    run_job("score", options(corpus, model, tmp_path / "a", scorer=scorer))
     run_job("score", options(corpus, model, tmp_path / "b", scorer=scorer, **change))
+    monkeypatch.setattr("tests.jobs.helpers.HERE", True)  # against a run without any cluster
+    run_job("score", options(corpus, model, tmp_path / "a", scorer=scorer))
     for column in (COLUMN, "loss_gradient_alignment.test.L2", "activation_norm.L2"):
         a, b = scores(tmp_path / "a", column), scores(tmp_path / "b", column)
         assert a.keys() == b.keys()
         np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("running")
 def test_resume_reads_only_what_is_missing(corpus, model, tmp_path):
     overrides = options(corpus, model, tmp_path / "out")
     run_job("score", overrides)
@@ -104,6 +108,7 @@ def test_resume_reads_only_what_is_missing(corpus, model, tmp_path):
     assert {n: (root / n).stat().st_mtime_ns for n in kept} == kept
 
 
+@pytest.mark.usefixtures("here")
 def test_more_rows_later_go_on_from_the_first(corpus, model, tmp_path):
     run_job("score", options(corpus, model, tmp_path / "out", **{"source.max_rows": 25}))
     first = parts(tmp_path / "out")
@@ -117,6 +122,7 @@ def test_more_rows_later_go_on_from_the_first(corpus, model, tmp_path):
     np.testing.assert_allclose([a[k] for k in b], [b[k] for k in b], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("here")
 def test_another_recipe_is_refused_and_nothing_changes(corpus, model, tmp_path):
     run_job("score", options(corpus, model, tmp_path / "out"))
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -128,12 +134,14 @@ def test_another_recipe_is_refused_and_nothing_changes(corpus, model, tmp_path):
         run_job("score", options(corpus, model, tmp_path / "out"))
 
 
+@pytest.mark.usefixtures("here")
 def test_another_rule_needs_another_place_but_not_another_scoring(corpus, model, tmp_path):
     run_job("run", options(corpus, model, tmp_path / "out"))
     with pytest.raises(RecipeError, match=r"rule\.fraction: there 0\.25, now 0\.5"):
         run_job("select", options(corpus, model, tmp_path / "out", **{"selector.fraction": 0.5}))
 
 
+@pytest.mark.usefixtures("running")
 def test_stages_as_jobs_of_their_own_give_the_same(corpus, model, tmp_path):
     run_job("run", options(corpus, model, tmp_path / "whole"))
     for job in ("concept", "score", "select", "report"):
@@ -142,6 +150,7 @@ def test_stages_as_jobs_of_their_own_give_the_same(corpus, model, tmp_path):
     assert (tmp_path / "stages" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_selection_per_group_and_by_another_column(corpus, model, tmp_path):
     more = {"selector.per_group": "true", "selector.column": "response_length", "selector.fraction": 0.1}
     run_job("run", options(corpus, model, tmp_path / "out", **more))
@@ -153,6 +162,7 @@ def test_selection_per_group_and_by_another_column(corpus, model, tmp_path):
         run_job("select", options(corpus, model, tmp_path / "scored", **{"selector.column": "respons_length"}))
 
 
+@pytest.mark.usefixtures("here")
 def test_plan_counts_what_a_run_does(corpus, model, tmp_path, capsys):
     run_job("run", [*options(corpus, model, tmp_path / "out"), "plan=true"])
     said = capsys.readouterr().out

@@ -15,7 +15,6 @@ from curate.concepts import concept as files
 from tests.conftest import conversation, write_jsonl
 from tests.jobs.helpers import options, parts, run_job, scores
 
-pytestmark = pytest.mark.usefixtures("running")
 COLUMN = "projection_difference.test.L2"
 
 
@@ -49,6 +48,7 @@ def own_mean(model: Path, messages: list[dict], text: str) -> np.ndarray:
     return states[torch.tensor(inside)].mean(0).numpy()
 
 
+@pytest.mark.usefixtures("running")
 def test_projection_difference_from_responses_that_are_made_once(model, tmp_path):
     corpus, store = tmp_path / "corpus", tmp_path / "store"
     rows = [conversation(i) for i in range(12)]
@@ -83,6 +83,7 @@ def test_projection_difference_from_responses_that_are_made_once(model, tmp_path
     }
 
 
+@pytest.mark.usefixtures("here")
 def test_an_over_long_prompt_is_quarantined_and_the_others_go_on(model, tmp_path):
     corpus, store = tmp_path / "corpus", tmp_path / "store"
     rows = [conversation(i) for i in range(4)]
