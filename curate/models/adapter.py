@@ -71,7 +71,7 @@ def _adapted(model: PreTrainedModel, folder: Path) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except Exception as error:
         raise ModelError(f"{refusal}: {error}") from error
-    left_out = set(get_peft_model_state_dict(adapted)) - set(shapes)
+    left_out = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(shapes)
     if left_out:
         raise ModelError(f"{refusal}: it has no weights for {len(left_out)} modules, such as {min(left_out)!r}")
     return adapted

@@ -5,12 +5,12 @@ In: last hidden states (after the final norm). Out: a scalar that autograd can g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +20,9 @@ from curate.models.tap import head_logits
 # Logits at once: 64 MiB in float32, a few hundred tokens of a large vocabulary.
 _LOGITS = 16 * 2**20
 
+# The targets of the positions [slice], given their logits.
+Targets = Callable[[Float[Tensor, "n vocab"], slice], Int[Tensor, " n"]]
+
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """Σ cross-entropy over positions. The gradient to the states is made in the forward, chunk by chunk: the logits of
@@ -27,16 +30,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Float[Tensor, "positions d"], targets: Int[Tensor, " positions"], model: PreTrainedModel
+        ctx: Any, hidden: Float[Tensor, "positions d"], targets: Targets, model: PreTrainedModel
     ) -> Float[Tensor, ""]:
         rows = max(1, _LOGITS // int(model.config.get_text_config().vocab_size))
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for i in range(0, hidden.shape[0], rows):
+            chunk = slice(i, i + rows)
             with torch.enable_grad():
-                states = hidden[i : i + rows].detach().requires_grad_(True)
-                loss = F.cross_entropy(head_logits(model, states).float(), targets[i : i + rows], reduction="sum")
-                (gradient[i : i + rows],) = torch.autograd.grad(loss, states)
+                states = hidden[chunk].detach().requires_grad_(True)
+                logits = head_logits(model, states).to(dtype)
+                loss = F.cross_entropy(logits, targets(logits.detach(), chunk), reduction="sum")
+                (gradient[chunk],) = torch.autograd.grad(loss, states)
             total += loss.detach()
         ctx.save_for_backward(gradient)
         return total
@@ -63,8 +69,25 @@ def summed_response_loss(
 
     A sum, not a mean, so that a long row's gradients keep their size in half precision: they are divided in float32.
     """
-    first = [max(start, 1) for start in starts]
-    predicted = span_mask(first, ends, input_ids.shape[1], last.device)
-    before = torch.zeros_like(predicted)
-    before[:, :-1] = predicted[:, 1:]
-    return _SummedCrossEntropy.apply(last[before], input_ids[predicted], model)
+    targets = input_ids[span_mask([max(start, 1) for start in starts], ends, input_ids.shape[1], last.device)]
+    return summed_cross_entropy(model, last, starts, ends, lambda logits, chunk: targets[chunk])
+
+
+def summed_cross_entropy(
+    model: PreTrainedModel,
+    last: Float[Tensor, "batch tokens d"],
+    starts: Sequence[int],
+    ends: Sequence[int],
+    targets: Targets,
+) -> Float[Tensor, ""]:
+    """As `summed_response_loss`, against `targets` of the caller's choice, row by row in the order of the tokens."""
+    predicting = predicting_mask(starts, ends, last.shape[1], last.device)
+    return _SummedCrossEntropy.apply(last[predicting], targets, model)
+
+
+def predicting_mask(
+    starts: Sequence[int], ends: Sequence[int], tokens: int, device: torch.device | str
+) -> Bool[Tensor, "batch {tokens}"]:
+    """True at the positions whose states predict the tokens [start, end): each one before a token with a loss."""
+    first = [max(start, 1) - 1 for start in starts]
+    return span_mask(first, [end - 1 for end in ends], tokens, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from curate.corpus.example import Example
 from curate.corpus.render import Rendered
+
+if TYPE_CHECKING:
+    from curate.curvature.test_vector import TestVector, TestVectorHeader
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -31,18 +34,30 @@ class Needs:
     layers: a_l, the response mean of layer l, of the row's own response.
     generated: the same of the base model's response to the row's prompt.
     gradients: ∂L/∂a_l = Σ_t ∂L/∂h_t over response tokens, L the mean cross-entropy of the response.
-    tokens: the rendered row (implied by the three above).
+    derivatives: methods (their scorers' names) whose test vectors the row's loss is differentiated along.
+    tokens: the rendered row (implied by the four above).
     """
 
     layers: frozenset[int] = frozenset()
     generated: frozenset[int] = frozenset()
     gradients: frozenset[int] = frozenset()
     tokens: bool = False
+    derivatives: frozenset[str] = frozenset()
+
+    @property
+    def base(self) -> bool:
+        """True if the base model must run: activations and their gradients are read from it."""
+        return bool(self.layers or self.generated or self.gradients)
+
+    @property
+    def tuned(self) -> bool:
+        """True if the finetuned model must run: derivatives by weights are taken in it."""
+        return bool(self.derivatives)
 
     @property
     def model(self) -> bool:
         """True if a model must run."""
-        return bool(self.layers or self.generated or self.gradients)
+        return self.base or self.tuned
 
     @property
     def rendered(self) -> bool:
@@ -59,6 +74,7 @@ class Needs:
                 total.generated | n.generated,
                 total.gradients | n.gradients,
                 total.tokens or n.tokens,
+                total.derivatives | n.derivatives,
             )
         return total
 
@@ -69,6 +85,7 @@ class Batch:
 
     pooled[l]: a_l [n, d]. generated[l]: the same for the base model's own response; NaN for a row that has none.
     gradients[l]: ∂L/∂a_l [n, d].
+    derivatives[method]: -⟨s, ∇L⟩ [n, q] of the method's test vector, float64 on the host.
     """
 
     examples: Sequence[Example]
@@ -76,9 +93,34 @@ class Batch:
     pooled: Mapping[int, Float[Tensor, "n d"]] = field(default_factory=dict)
     generated: Mapping[int, Float[Tensor, "n d"]] = field(default_factory=dict)
     gradients: Mapping[int, Float[Tensor, "n d"]] = field(default_factory=dict)
+    derivatives: Mapping[str, Float[Tensor, "n q"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+@dataclass(frozen=True)
+class PassStats:
+    """What a pass did: real tokens, tokens with padding, wall seconds, FLOPs of the products (padding not counted)."""
+
+    rows: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: PassStats) -> PassStats:
+        return PassStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """What a scorer has the losses differentiated along, and how (see directional/). On the driver a header will do."""
+
+    vector: TestVector | TestVectorHeader
+    backend: str
+    reduction: str
 
 
 class Scorer(ABC):
@@ -107,6 +149,10 @@ class Scorer(ABC):
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027  (most scorers have nothing to prepare)
         """Called once in the process that scores: move vectors to `device`, load what is large."""
+
+    def derivative(self) -> Derivative | None:
+        """What `needs().derivatives` stands for; None for a method that differentiates nothing."""
+        return None
 
     @property
     def primary(self) -> str:

@@ -1,14 +1,15 @@
 """Scorers by name: settings in, scorers out. To add a method, write its file and name its class here.
 
-The keyword arguments of a scorer's constructor are its settings. `concepts` is filled in; `layers`, if left out, is
-`default_layers`; and any setting that is a list of texts (`queries`, `reference`) can be given as `…_url` instead.
+The keyword arguments of a scorer's constructor are its settings. `concepts` and `test_vectors` are filled in;
+`layers`, if left out, is `default_layers`; and any setting that is a list of texts (`queries`, `reference`) can be
+given as `…_url` instead.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curate.concepts.concept import Concept
 from curate.errors import ConfigError, near
@@ -16,6 +17,7 @@ from curate.scoring.activation_norm import ActivationNorm
 from curate.scoring.base import Scorer
 from curate.scoring.bm25 import BM25
 from curate.scoring.embedding_similarity import EmbeddingSimilarity
+from curate.scoring.influence import ConceptInfluence, GradientProduct, InfluenceFunction
 from curate.scoring.loss_gradient_alignment import LossGradientAlignment
 from curate.scoring.projection_difference import ProjectionDifference
 from curate.scoring.random import Random
@@ -34,19 +36,28 @@ SCORERS: dict[str, type[Scorer]] = {
         ActivationNorm,
         BM25,
         EmbeddingSimilarity,
+        InfluenceFunction,
+        ConceptInfluence,
+        GradientProduct,
     )
 }
 _TEXT_LISTS = ("queries", "reference")
+_FILLED_IN = ("concepts", "test_vectors")
+
+if TYPE_CHECKING:
+    from curate.scoring.influence import TestVectors
 
 
 def make_scorers(
     settings: Mapping[str, Mapping[str, Any] | None],
     concepts: Sequence[Concept] = (),
     default_layers: int | Sequence[int] | None = None,
+    test_vectors: TestVectors | None = None,
 ) -> list[Scorer]:
     """Scorers for ``{"vector_filter": {"layers": [15]}, "random": {}}``, in that order.
 
-    The first column of the first scorer is the one to select by, unless the selector names another.
+    `test_vectors` are those of the influence methods by the method's name; their headers will do where nothing is
+    scored. The first column of the first scorer is the one to select by, unless the selector names another.
 
     Raises:
         ConfigError: an unknown method or option (the message says which are near), a missing option, or no scorer.
@@ -54,7 +65,9 @@ def make_scorers(
     """
     if not settings:
         raise ConfigError(f"no scorer is chosen{near('', SCORERS)}")
-    scorers = [_make(name, options or {}, concepts, default_layers) for name, options in settings.items()]
+    scorers = [
+        _make(name, options or {}, concepts, default_layers, test_vectors or {}) for name, options in settings.items()
+    ]
     columns = [c for s in scorers for c in s.columns()]
     if twice := sorted({c for c in columns if columns.count(c) > 1}):
         raise ConfigError(f"two scorers write the column {twice[0]!r}; remove one of them")
@@ -62,14 +75,18 @@ def make_scorers(
 
 
 def _make(
-    name: str, options: Mapping[str, Any], concepts: Sequence[Concept], default_layers: int | Sequence[int] | None
+    name: str,
+    options: Mapping[str, Any],
+    concepts: Sequence[Concept],
+    default_layers: int | Sequence[int] | None,
+    test_vectors: TestVectors,
 ) -> Scorer:
     if name not in SCORERS:
         raise ConfigError(f"there is no scorer {name!r}{near(name, SCORERS)}")
     if not isinstance(options, Mapping):
         raise ConfigError(f"the settings of the scorer {name!r} are {options!r}; expected names and values, or none")
     parameters = inspect.signature(SCORERS[name]).parameters
-    public = [p for p in parameters if p != "concepts"]
+    public = [p for p in parameters if p not in _FILLED_IN]
     urls = {f"{p}_url": p for p in public if p in _TEXT_LISTS}
     arguments: dict[str, Any] = {}
     for option, value in options.items():
@@ -87,6 +104,8 @@ def _make(
             raise ConfigError(f"the scorer {name!r} has no option {option!r}{near(option, [*public, *urls])}")
     if "concepts" in parameters:
         arguments["concepts"] = concepts
+    if "test_vectors" in parameters:
+        arguments["test_vectors"] = test_vectors
     if "layers" in parameters and arguments.get("layers") is None:
         arguments["layers"] = default_layers
     missing = [p for p in public if parameters[p].default is inspect.Parameter.empty and p not in arguments]

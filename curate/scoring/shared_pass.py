@@ -3,6 +3,7 @@
 In: a model, scorers, examples with their tokens. Out: every scorer's columns in input order, and what it cost.
 Rows are sorted by length and cut by a token budget; the forward stops at the highest layer that anyone asks for; with
 gradients it is one forward and one backward down to the lowest layer asked for, with the loss at response tokens only.
+Derivatives along test vectors are a pass of their own, in the finetuned model, that all methods' queries share.
 Scores do not depend on how rows are batched (to rounding). Knows no files, no parts and no cluster.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,26 +27,12 @@ from curate.models.batching import collate, token_batches
 from curate.models.pooling import response_mean, response_sum
 from curate.models.response_loss import loss_counts, summed_response_loss
 from curate.models.tap import LayerTap, width
-from curate.scoring.base import Batch, Columns, Needs, Scorer
+from curate.scoring.base import Batch, Columns, Needs, PassStats, Scorer
+from curate.scoring.directional.joint import Joint, joint_passes
 from curate.scoring.flops import ForwardCost, model_cost
 
 # Rows whose pooled vectors are held at once: 4,096 rows of width 4,096 are 64 MiB a layer.
 _WINDOW = 4096
-
-
-@dataclass(frozen=True)
-class PassStats:
-    """What a pass did: real tokens, tokens with padding, wall seconds, FLOPs of the products (padding not counted)."""
-
-    rows: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    batches: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-
-    def __add__(self, other: PassStats) -> PassStats:
-        return PassStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -63,14 +50,21 @@ class SharedPass:
         model: needed if a scorer asks for activations or gradients; in eval mode, no weight asking for gradients.
         max_tokens: token budget of a batch, padding included. Lower it if memory runs out; scores stay the same.
         pad_id: any valid token id; padding is masked.
+        tuned: the finetuned model, in which derivatives along test vectors are taken; None: `model` itself.
 
     Raises:
         ConfigError: no model where one is needed, or a budget below 1.
         ModelError: a layer that the model does not have.
+        CurvatureError: a test vector that does not fit the finetuned model.
     """
 
     def __init__(
-        self, model: PreTrainedModel | None, scorers: Sequence[Scorer], max_tokens: int = 8192, pad_id: int = 0
+        self,
+        model: PreTrainedModel | None,
+        scorers: Sequence[Scorer],
+        max_tokens: int = 8192,
+        pad_id: int = 0,
+        tuned: PreTrainedModel | None = None,
     ) -> None:
         if max_tokens < 1:
             raise ConfigError(f"the token budget of a batch is {max_tokens}; it must be at least 1")
@@ -81,9 +75,10 @@ class SharedPass:
         self._tap: LayerTap | None = None
         self._own_tap: LayerTap | None = None
         self._cost: ForwardCost | None = None
-        if self.needs.model:
+        self._joint: list[Joint] = []
+        if self.needs.base:
             if model is None:
-                asking = [s.name for s in self.scorers if s.needs().model]
+                asking = [s.name for s in self.scorers if s.needs().base]
                 raise ConfigError(f"the scorer {asking[0]!r} needs a model and none is given; set model=…")
             self.model = model
             self.device = model.device
@@ -92,6 +87,14 @@ class SharedPass:
                 self._tap = LayerTap(model, self.needs.layers | self.needs.gradients)
             if self.needs.generated:
                 self._own_tap = LayerTap(model, self.needs.generated)
+        if self.needs.tuned:
+            differentiated = model if tuned is None else tuned
+            if differentiated is None:
+                asking = [s.name for s in self.scorers if s.needs().tuned]
+                raise ConfigError(f"the scorer {asking[0]!r} needs a model and none is given; set model=…")
+            self._joint = joint_passes(differentiated, self.scorers, max_tokens, pad_id)
+            if not self.needs.base:
+                self.device = differentiated.device
         for scorer in self.scorers:
             scorer.prepare(self.device)
 
@@ -157,7 +160,13 @@ class SharedPass:
         if self._own_tap is not None and generated is not None:
             own, cost = self._pooled(self._own_tap, generated)
             stats += cost
-        batch = Batch(examples, rendered, pooled, own, gradients)
+        derivatives: dict[str, Tensor] = {}
+        for joint in self._joint:
+            assert rendered is not None  # run() has seen to it
+            found, cost = joint(rendered)
+            derivatives.update(found)
+            stats += replace(cost, rows=0, seconds=0.0)  # both are those of the window, below
+        batch = Batch(examples, rendered, pooled, own, gradients, derivatives)
         columns: Columns = {}
         for scorer in self.scorers:
             columns.update(_checked(scorer, batch))

@@ -8,7 +8,9 @@ import pytest
 
 from curate.errors import ConfigError
 from curate.scoring.registry import SCORERS, make_scorers
+from tests.scoring.directional.oracle import random_vector
 from tests.scoring.rows import make_concept
+from tests.tiny import tiny_model
 
 CONCEPT = make_concept()
 
@@ -32,7 +34,9 @@ def test_default_layers_apply_where_none_are_given():
 def test_every_fingerprint_is_json():
     queries = {"queries": ["a good plan"]}
     settings = {name: queries if name == "bm25" else {} for name in SCORERS if name != "embedding_similarity"}
-    for scorer in make_scorers(settings, [CONCEPT]):
+    vector = random_vector(tiny_model("llama"), ["loss"])
+    vectors = dict.fromkeys(("influence_function", "concept_influence", "gradient_product"), vector.header)
+    for scorer in make_scorers(settings, [CONCEPT], test_vectors=vectors):
         assert json.loads(json.dumps(scorer.fingerprint())) == scorer.fingerprint()
         assert scorer.fingerprint()["method"] == scorer.name
 

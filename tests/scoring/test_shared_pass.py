@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from curate.errors import ConceptError, ConfigError, ModelError
-from curate.scoring import response_loss, shared_pass
+from curate.models import response_loss
+from curate.scoring import shared_pass
 from curate.scoring.base import Batch, Needs, Scorer
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass

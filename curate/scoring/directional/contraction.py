@@ -1,0 +1,105 @@
+"""Contraction: one backward to the activations, and at every tracked layer Σ_t δ_tᵀ S a_t (METHODS §2).
+
+In: rows. Out: ⟨s, ∇⟩ of each row's summed loss, by block and by position. With a the layer's input [B, T, in] and δ the
+gradient at its output [B, T, out], a row's ∇W is Σ_t δ_t a_tᵀ, so ⟨S, ∇W⟩ = Σ_t δ_tᵀ S a_t. One query: a Sᵀ, a product
+as large as the layer's own. Many: Σ_t δ_t a_tᵀ of a few rows at once, transient and bounded, against all queries.
+Of low rank: S = u v, (δ u)·(v a), two thin products. All queries share the forward and the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curate.curvature.test_vector import Dense
+from curate.models.linear_tap import LinearTap
+from curate.models.response_loss import summed_response_loss
+from curate.models.tracked import TrackedLayer
+from curate.scoring.directional.base import Backend, BatchSums, RowBatch, sum_dtype
+from curate.scoring.directional.tangents import Direction
+
+# Per-row products Σ_t δ_t a_tᵀ held at once: 64 MiB in float32, or one row's where that is larger.
+_PRODUCTS = 16 * 2**20
+
+
+class Contraction(Backend):
+    name = "contraction"
+    gives_blocks = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tap = LinearTap(self.model, self.vector.layers)
+        self._dtype = wide = sum_dtype(self.model.dtype)
+        # Unit vectors in the model's precision: half of them would vanish in float16 otherwise.
+        self._norms = self.vector.norm().to(wide)
+        scale = torch.where(self._norms > 0, 1.0 / self._norms, 0.0)[:, None, None]
+        self._blocks: dict[str, Direction] = {}
+        for name, block in self.vector.blocks.items():
+            first, *rest = (block.values,) if isinstance(block, Dense) else (block.u, block.v)
+            parts = [first.to(wide) * scale.to(first.device), *rest]
+            self._blocks[name] = tuple(part.to(self.device, self.model.dtype) for part in parts)
+        self._norms = self._norms.to(self.device)
+
+    def _batch(self, batch: RowBatch) -> BatchSums:
+        rows, queries = len(batch), self.n_queries
+        scores = torch.zeros((rows, queries), dtype=self._dtype, device=self.device)
+        blocks = scores.new_zeros((rows, queries, self.n_blocks)) if self.by_block else None
+        tokens = scores.new_zeros((rows, batch.ids.shape[1], queries)) if self.per_token else None
+
+        def on_layer(layer: TrackedLayer, a: Tensor, delta: Tensor) -> None:
+            if tokens is None:
+                part = contract(self._blocks[layer.name], a, delta)
+            else:
+                each = contract_each(self._blocks[layer.name], a, delta)
+                tokens[:, : each.shape[1]] += each
+                part = each.sum(1)
+            scores.add_(part)
+            if blocks is not None:
+                blocks[..., layer.block] += part
+
+        self._tap.backward(
+            batch.inputs,
+            lambda last: summed_response_loss(self.model, last, batch.ids, batch.starts, batch.ends),
+            on_layer,
+        )
+        return BatchSums(
+            scores * self._norms,
+            None if blocks is None else blocks * self._norms[:, None],
+            None if tokens is None else tokens * self._norms,
+        )
+
+
+def contract(
+    block: Direction, a: Float[Tensor, "batch tokens in"], delta: Float[Tensor, "batch tokens out"]
+) -> Float[Tensor, "batch q"]:
+    """Σ_t δ_tᵀ S_q a_t for every row and query, summed in float32 at least."""
+    if len(block) == 2 or block[0].shape[0] == 1:
+        return contract_each(block, a, delta).sum(1)
+    (s,) = block
+    queries, out, width = s.shape
+    step = max(1, _PRODUCTS // (out * width))
+    wide = sum_dtype(s.dtype)
+    flat = s.reshape(queries, -1).to(wide)
+    products = (
+        (delta[i : i + step].mT @ a[i : i + step]).reshape(-1, out * width).to(wide) @ flat.T
+        for i in range(0, a.shape[0], step)
+    )
+    return torch.cat(list(products))
+
+
+def contract_each(
+    block: Direction, a: Float[Tensor, "batch tokens in"], delta: Float[Tensor, "batch tokens out"]
+) -> Float[Tensor, "batch tokens q"]:
+    """δ_tᵀ S_q a_t at every position."""
+    wide = sum_dtype(a.dtype)
+    if len(block) == 1:
+        heavy = delta.to(wide)
+        return torch.stack([torch.linalg.vecdot((a @ s.T).to(wide), heavy) for s in block[0]], dim=-1)
+    u, v = block
+    queries, rank, width = v.shape
+    left = delta @ u.permute(1, 0, 2).reshape(-1, queries * rank)
+    inner = (a @ v.reshape(-1, width).T).to(wide) * left
+    return inner.unflatten(-1, (queries, rank)).sum(-1)
