@@ -64,7 +64,8 @@ def em_code(root: Path, n: int) -> list[Pair]:
 
 
 def _spread(rows: list[Any], n: int) -> list[Any]:
-    return [rows[i * len(rows) // n] for i in range(min(n, len(rows)))]
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 SETS: dict[str, Callable[[Path, int], list[Pair]]] = {"truthfulqa": truthfulqa, "em_code": em_code, "gsm8k": gsm8k}

@@ -17,6 +17,7 @@ from curate.corpus.example import ColumnMap
 from curate.errors import ConfigError
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec
+from curate.models.tracked import LayerChoice
 from curate.runtime.cluster import ClusterSpec
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -76,6 +77,44 @@ class ConceptSettings:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    path: str | None = None
+    adapter: str | None = None
+    merge: bool = True
+
+
+@dataclass(frozen=True)
+class Query:
+    kind: Literal["trait", "file", "on_policy"]
+    path: str
+    max_queries: int | None = None
+    columns: ColumnMap = field(default_factory=ColumnMap)
+    positive: str = "positive"
+    negative: str = "negative"
+    questions: Literal["extract", "evaluate"] = "evaluate"
+    samples: int = 4
+    max_new_tokens: int = 256
+    keep: int = 5
+    coherence_threshold: float = 50.0
+
+
+@dataclass(frozen=True)
+class Curvature:
+    kind: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    examples: int = 5000
+    max_tokens: int = 1536
+    fisher: Literal["sampled", "empirical"] = "sampled"
+    tokens: Literal["loss", "all"] = "all"
+    reduction: Literal["mean", "sum"] = "mean"
+    seed: int = 0
+    layers: LayerChoice = field(default_factory=LayerChoice)
+    damping: float = 0.1
+    damping_kind: Literal["relative", "absolute"] = "relative"
+    rank: int | None = None
+    shard_rows: int = 256
+
+
+@dataclass(frozen=True)
 class Judge:
     kind: Literal["none", "openai"] = "none"
     base_url: str | None = None
@@ -90,7 +129,15 @@ class Judge:
 class Report:
     title: str
     examples: int = 8
+    tokens: bool = False
     bootstrap: int = 1000
+
+
+@dataclass(frozen=True)
+class Study:
+    rows: int = 512
+    max_stride: int | None = None
+    level: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -103,8 +150,12 @@ class Settings:
     sink: Sink
     generation: GenerationSpec
     judge: Judge
+    tuned: Tuned
+    query: Query
+    curvature: Curvature
     cluster: ClusterSpec
     report: Report
+    study: Study
     # An empty list of choices leaves the key out.
     concept: dict[str, ConceptSettings] | None = None
     scorer: dict[str, dict[str, Any] | None] | None = None
@@ -121,8 +172,13 @@ for _cls in (
     Selector,
     ConceptSettings,
     Judge,
+    Tuned,
+    Query,
+    Curvature,
+    LayerChoice,
     ClusterSpec,
     Report,
+    Study,
     Settings,
 ):
     setattr(_cls, "__pydantic_config__", _STRICT)  # noqa: B010  (pydantic reads it; stdlib dataclasses do not declare it)

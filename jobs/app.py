@@ -35,8 +35,12 @@ _GROUPS = (
     "sink",
     "generation",
     "judge",
+    "tuned",
+    "query",
+    "curvature",
     "cluster",
     "report",
+    "study",
     "experiment",
 )
 

@@ -12,9 +12,11 @@ JOBS = {
     "run": "the main job: concept, generation, scores, selection, report",
     "concept": "make the configured concepts and keep them",
     "generate": "generate the base model's own responses and keep them",
+    "fit": "fit curvature factors and make the test vectors of influence scorers",
     "score": "score every row of the source",
     "select": "rank by a score, write curated shards and the ledger",
     "report": "write the HTML report",
+    "study": "see how far influence scores change when only every s-th block is tracked",
     "plan": "say what a run will cost before it runs",
     "submit": "submit a job to a Ray cluster (curate submit run …)",
 }
@@ -30,6 +32,7 @@ examples:
   curate run source=files source.url=data/ concept=probe concept.probe.path=labelled.jsonl \\
              concept.probe.positive_label=bad selector.fraction=0.1 sink.url=s3://bucket/curated
   curate plan source=files source.url=data/             what it would cost
+  curate run experiment=influence tuned.adapter=lora/    influence on the demo, by a finetuned model's gradients
   curate run --help                                     groups and their choices
   curate run --cfg job                                  every option with its value
 """

@@ -41,6 +41,7 @@ from curate.runtime.stage import StageResult
 from curate.scoring.base import Needs, Scorer
 from curate.scoring.registry import SCORERS, make_scorers
 from curate.selection.select import Decision, Rule
+from jobs.influence import METHODS, Influence, scorer_options
 
 DEFAULT_FRACTION = 0.25
 
@@ -59,6 +60,7 @@ class Pipeline:
         self.store = config.sink.store.rstrip("/")
         self.scores_place = Output((config.sink.scores or storage.join(self.sink, "scores")).rstrip("/"))
         self.place = Place(self.sink)
+        self.influence = Influence(self)
 
     def check(self) -> None:
         """Whatever can be wrong without reading the corpus or starting a cluster, said first."""
@@ -68,6 +70,7 @@ class Pipeline:
                 raise ConfigError(f"there is no scorer {name!r}{near(name, SCORERS)}")
         if not self.scorer_settings:
             raise ConfigError(f"no scorer is chosen{near('', SCORERS)}")
+        self.influence.check()
         registry.discover(self.source_urls, self.config.source.format)
         storage.check_writable(self.sink)
 
@@ -81,6 +84,11 @@ class Pipeline:
     def scorer_settings(self) -> dict[str, dict[str, Any]]:
         """{method: settings}; a scorer without settings is an empty mapping."""
         return {name: dict(options or {}) for name, options in (self.config.scorer or {}).items()}
+
+    @property
+    def scorer_options(self) -> dict[str, dict[str, Any]]:
+        """The same, as scorers take them: without what is for their test vectors alone."""
+        return {name: scorer_options(name, options) for name, options in self.scorer_settings.items()}
 
     @cached_property
     def rule(self) -> Rule:
@@ -108,6 +116,11 @@ class Pipeline:
         scope = manifest.head(s.max_rows)
         say(f"corpus: {manifest.rows:,} rows in {len(manifest.files)} file(s), {scope.rows:,} of them in this run")
         return manifest, columns
+
+    @property
+    def whole_manifest(self) -> Manifest:
+        """All rows of the corpus: what it is made of, and what curvature is sampled from."""
+        return self._source[0]
 
     @property
     def manifest(self) -> Manifest:
@@ -187,7 +200,7 @@ class Pipeline:
         label = s.name or (making.load_trait(expand(s.path)).name if name == "persona" else name)
         if s.method == "teacher_forced":
             return [making.persona(context, label, expand(s.path), s.with_instruction)]
-        judge = self._judge()
+        judge = self.judge()
         return [
             making.persona_rollouts(
                 context,
@@ -201,7 +214,8 @@ class Pipeline:
             )
         ]
 
-    def _judge(self) -> OpenAIJudge | None:
+    def judge(self) -> OpenAIJudge | None:
+        """The configured judge, or None."""
         j = self.config.judge
         if j.kind == "none":
             return None
@@ -227,28 +241,37 @@ class Pipeline:
         manifest = self.manifest.head(self.config.source.generate_rows)
         spec = GenerateSpec(self.reader, self.sampling, output)
         bad = self.config.source.max_bad_fraction
-        self._timed("generate", generate(spec, recipe, manifest, self.session, bad))
+        self.timed("generate", generate(spec, recipe, manifest, self.session, bad))
 
     # scores
 
     @cached_property
     def scorers(self) -> list[Scorer]:
-        made = make_scorers(self.scorer_settings, self.concept_list)
-        needs = Needs.union(s.needs() for s in made)
+        """As the driver needs them: names of columns and fingerprints. Makes the test vectors that are not there."""
+        return make_scorers(self.scorer_options, self.concept_list, test_vectors=self.influence.vectors)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What all scorers need, told without making a test vector."""
+        plain = {name: options for name, options in self.scorer_options.items() if name not in METHODS}
+        found = [s.needs() for s in make_scorers(plain, self.concept_list)] if plain else []
+        needs = Needs.union([*found, Needs(derivatives=frozenset(self.influence.methods))])
         top = max(needs.layers | needs.generated | needs.gradients, default=0)
         if top > self.identity["layers"]:
             raise ConfigError(
                 f"layer {top} is asked for, but the model has {self.identity['layers']} layers "
                 f"(valid: 0 to {self.identity['layers']})"
             )
-        return made
+        return needs
+
+    def fit(self) -> None:
+        """The fit job: curvature factors and test vectors."""
+        self.influence.vectors  # noqa: B018
 
     @cached_property
-    def needs(self) -> Needs:
-        return Needs.union(s.needs() for s in self.scorers)
-
-    @cached_property
-    def score_recipe(self) -> Recipe:
+    def _known(self) -> dict[str, Any]:
+        """What of the scores' recipe is known before anything is computed."""
+        needs = self.needs
         fields: dict[str, Any] = {
             "code": __version__,
             "corpus": self.corpus,
@@ -257,12 +280,21 @@ class Pipeline:
             "tokenizer": tokenizer_digest(load_tokenizer(self.model)),
             "max_tokens": self.config.source.max_tokens,
             "overlong": self.config.source.overlong,
-            "scorers": {s.name: s.fingerprint() for s in self.scorers},
         }
-        if self.needs.generated:
+        if needs.derivatives:
+            fields["tuned"] = self.influence.facts
+        if needs.generated:
             fields["generations"] = self.generations[1].digest
             fields["generate_rows"] = self.config.source.generate_rows
-        return Recipe("scores", fields)
+        return fields
+
+    @cached_property
+    def score_recipe(self) -> Recipe:
+        stored = self.scores_place.recipe()
+        if stored is not None and self.needs.derivatives:  # refuse before a fit, not after
+            there = {name: value for name, value in stored.fields.items() if name in self._known}
+            Recipe("scores", self._known).refuse_other(Recipe(stored.kind, there), self.scores_place.url)
+        return Recipe("scores", {**self._known, "scorers": {s.name: s.fingerprint() for s in self.scorers}})
 
     def score(self) -> None:
         """Score what has no part yet; generates first where a scorer reads the base model's own responses."""
@@ -272,9 +304,10 @@ class Pipeline:
         if self.needs.generated:
             self.generate()
             reader = replace(reader, generations=self.generations[0].url)
-        spec = ScoreSpec(reader, self.scorer_settings, self.scores_place, self.session.token_budget)
+        places = (self.influence.model, self.influence.urls) if self.needs.derivatives else ()
+        spec = ScoreSpec(reader, self.scorer_options, self.scores_place, self.session.token_budget, *places)
         bad = self.config.source.max_bad_fraction
-        self._timed("score", score(spec, recipe, self.manifest, self.concept_list, self.session, bad))
+        self.timed("score", score(spec, recipe, self.manifest, self.concept_list, self.session, bad))
 
     # selection and report
 
@@ -324,24 +357,26 @@ class Pipeline:
             self.config.report.bootstrap,
             self.reader,
             self.generations[0].url if self.needs.generated else None,
+            self.influence.sources if recipe else None,
         )
-        self.summary = write_report(
-            spec, recipe, self.manifest, self._scores, self.select_spec, self.decision, concepts
-        )
+        found = (self.manifest, self._scores, self.select_spec, self.decision, concepts)
+        self.summary = write_report(spec, recipe, *found)
 
     def plan(self) -> None:
         """Print what a run will cost; writes nothing but the manifest."""
         spec = PlanSpec(
             self.reader,
-            self.scorer_settings,
+            self.scorer_options,
             self.sampling,
             self.config.source.generate_rows,
             self.session.token_budget,
             self.config.seed,
+            self.influence.plan(),
         )
         print(make_plan(spec, self.manifest, self.concept_list, self.session))
 
-    def _timed(self, stage: str, result: StageResult) -> None:
+    def timed(self, stage: str, result: StageResult) -> None:
+        """Note what a stage did, for the report."""
         if result.rows:
             self.place.add_timing(stage, result)
 

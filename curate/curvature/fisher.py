@@ -42,15 +42,16 @@ class CurvatureSpec:
 
     kind: EK-FAC, K-FAC, the diagonal of the Fisher, or the identity (no fit).
     fisher: labels sampled from the model (the true Fisher) or those of the data (the empirical one).
-    tokens: which tokens count in A = E[a aᵀ]: "loss", those whose states predict a token of the loss; "all", every
-        token of the row. (δ counts wherever it is not zero: attention carries it to the prompt as well.)
+    tokens: which tokens count in A = E[a aᵀ]: "all", every token of the row; "loss", those whose states predict a
+        token of the loss. δ counts wherever it is not zero, and attention carries it to the prompt as well: with "all",
+        no gradient reaches a direction in which A is zero, and so it does not matter how that null space is spanned.
     reduction: whether an example's loss is the mean or the sum over its response tokens.
     examples: rows to fit on, at most. max_tokens: longer rows are left out or cut, as the renderer decides.
     """
 
     kind: CurvatureKind = "ekfac"
     fisher: Fisher = "sampled"
-    tokens: Counted = "loss"
+    tokens: Counted = "all"
     reduction: Reduction = "mean"
     examples: int = 5000
     max_tokens: int = 1536

@@ -19,7 +19,11 @@ COUNTS = ("rows", "scored", "kept", "dropped", "quarantined")
 
 @dataclass(frozen=True)
 class ExampleView:
-    """One conversation as it is shown. `rank` counts from 0 (highest score); −1 means not ranked."""
+    """One conversation as it is shown. `rank` counts from 0 (highest score); −1 means not ranked.
+
+    `tokens`, where known: the scored response in pieces, each with what it adds to the score. They join to the text of
+    the last message, and are shown in its place, coloured.
+    """
 
     id: str
     row: int
@@ -29,6 +33,7 @@ class ExampleView:
     rank: int
     kept: bool
     messages: tuple[tuple[str, str], ...]  # (role, text), the scored response last
+    tokens: tuple[tuple[str, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,32 @@ class ConceptView:
 
 
 @dataclass(frozen=True)
+class InfluenceView:
+    """What the influence scores of `methods` rest on.
+
+    curvature: "ekfac", "kfac", "diagonal" or "identity" (gradients as they are; then there was no fit: `fisher`,
+    `damping`, `rows` and `tokens` are None). damping: in words. tracked, total: parameters of the model; left_out:
+    {what: parameters}. warnings: what influence does not see. behaviours: (name, share of the test vector's ‖s‖² that
+    its low-rank form keeps, None where it is whole). queries: how many stand for the behaviour.
+    backend: how the derivatives were taken.
+    """
+
+    methods: tuple[str, ...]
+    curvature: str
+    behaviours: tuple[tuple[str, float | None], ...]
+    queries: int | None = None
+    backend: str | None = None
+    fisher: str | None = None
+    damping: str | None = None
+    rows: int | None = None
+    tokens: int | None = None
+    tracked: int | None = None
+    total: int | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page.
 
@@ -65,6 +96,7 @@ class ReportData:
     quarantine: (reason, number of rows, [(source, row, excerpt)]).
     dropped_by_label: dropped rows of each label, used where `labels` is None; else it is counted from `labels`.
     timings: (stage, seconds, rows, tokens), rows and tokens None where they mean nothing.
+    token_meaning: what the value of an example's token says, as a clause; of the examples that have tokens.
 
     Raises:
         ConfigError: a column without scores, arrays of different lengths, or a count that is missing.
@@ -88,6 +120,8 @@ class ReportData:
     dropped_by_label: Mapping[str, int] = field(default_factory=dict)
     timings: tuple[tuple[str, float, int | None, int | None], ...] = ()
     warnings: tuple[str, ...] = ()
+    influence: tuple[InfluenceView, ...] = ()
+    token_meaning: str = "what the token adds to the score"
 
     def __post_init__(self) -> None:
         missing = [c for c in self.columns if c not in self.scores]

@@ -68,6 +68,17 @@ class Series:
     colour: int
 
 
+@dataclass(frozen=True)
+class Band:
+    """One line over `x` with the band between `low` and `high`; colour and dash pattern 0–5."""
+
+    x: Sequence[int]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: int
+
+
 def _figure(width: int, height: int) -> Figure:
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     FigureCanvasSVG(figure)
@@ -229,4 +240,26 @@ def layer_profile(
             axes[0].text(
                 layer, 1.02, f"layer {layer}", transform=axes[0].get_xaxis_transform(), ha="center", va="bottom"
             )
+        return _svg(figure, name, alt)
+
+
+def stride_curves(
+    lines: Sequence[Band], level: float, name: str, alt: str, width: int = 920, height: int = 360
+) -> Markup:
+    """Rank correlation over layer stride, one line a score; `level` is drawn across."""
+    with matplotlib.rc_context(_rc(name)):
+        figure = _figure(width, height)
+        ax = figure.add_subplot()
+        ax.axhline(level, color=_STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
+        for line in lines:
+            colour = _STAND_IN[SERIES[line.colour]]
+            ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.13, linewidth=0)
+            style: dict[str, Any] = {"linewidth": 2, "marker": "o", "markersize": 4, "linestyle": DASHES[line.colour]}
+            ax.plot(line.x, line.y, color=colour, **style)
+        known = np.array([[*line.y, *line.low] for line in lines], dtype=float)
+        lowest = float(np.nanmin(known)) if np.isfinite(known).any() else 0.0
+        ax.set_ylim(min(lowest - 0.03, level - 0.05), 1.02)
+        ax.set_xlabel("layer stride")
+        ax.set_ylabel("rank correlation with stride 1")
+        ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         return _svg(figure, name, alt)

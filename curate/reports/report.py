@@ -20,8 +20,9 @@ from curate.reports.view import context
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of this folder, with the filters that make foreign text safe."""
+    found = Environment(
         loader=PackageLoader("curate.reports", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -31,14 +32,14 @@ def _environment() -> Environment:
     strings = (text.visible, text.breakable, text.plain, text.short)
     numbers = (text.whole, text.percent, text.number, text.fixed, text.duration)
     for function in strings + numbers:
-        environment.filters[function.__name__] = function
-    return environment
+        found.filters[function.__name__] = function
+    return found
 
 
 def build(data: ReportData) -> str:
     """The whole page. The same data gives the same text, byte for byte."""
     style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
-    return _environment().get_template("page.html.j2").render(**context(data), style=Markup(style))
+    return environment().get_template("page.html.j2").render(**context(data), style=Markup(style))
 
 
 def write(url: str, data: ReportData) -> None:

@@ -89,6 +89,11 @@ def _joins(text: str, i: int) -> bool:
     return unicodedata.name(a, "").startswith(_JOINING) and unicodedata.name(b, "").startswith(_JOINING)
 
 
+def count_hidden(text: str) -> int:
+    """How many characters of `text` `visible` would mark."""
+    return sum(times for _, hidden, times in _tokens(text) if hidden)
+
+
 def visible(text: object) -> Markup:
     """`text` as HTML: escaped, with hidden characters as marked codes, e.g. U+202E for the right-to-left override.
 

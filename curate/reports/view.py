@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from curate.reports import plots
-from curate.reports.data import COUNTS, ConceptView, ExampleView, ReportData
+from curate.reports.data import COUNTS, ConceptView, ExampleView, InfluenceView, ReportData
 from curate.reports.metrics import SPEARMAN_ROWS, Ranking, precision_recall, ranking, spearman, top_rows
-from curate.reports.text import alike, fold, plain
-from curate.reports.words import column, verdict
+from curate.reports.text import alike, fold, plain, visible
+from curate.reports.tokens import coloured, scale
+from curate.reports.words import CURVATURES, FISHERS, column, verdict
 
 SHOWN_CHARACTERS = 700  # of a long text, before the fold
 MAX_CHARACTERS = 6_000  # of one text, fold included
 TEXT_BUDGET = 400_000  # characters of all example texts together: the page stays below 2 MB even when escaped
+MAX_COLOURED = 12_000  # coloured tokens of all examples together: some 60 bytes each
 MAX_TURNS = 8  # earlier turns of one conversation
 MAX_LABELS = 20  # rows of the label table
 MAX_HISTOGRAMS = 5  # labels with a histogram of their own
@@ -28,6 +30,7 @@ MAX_EXCERPTS = 5  # of one reason
 EXCERPT = 400  # characters
 MAX_REASONS = 50
 MAX_CUTS = 200
+LOW_ENERGY = 0.9  # share of ‖s‖² below which a low-rank test vector is pointed out
 
 
 def context(data: ReportData) -> dict[str, Any]:
@@ -54,8 +57,10 @@ def context(data: ReportData) -> dict[str, Any]:
         "columns": _columns(data, scores, rankings),
         "labels": _label_table(data, labels, keep),
         "examples": _examples(data),
+        "scale": scale(),
         "concepts": [_concept(c, i) for i, c in enumerate(data.concepts)],
         "agreement": _agreement(data, scores),
+        "influence": [_influence(v) for v in data.influence],
         "quarantine": _quarantine(data),
         "timings": data.timings,
         "total_seconds": sum(t[1] for t in data.timings),
@@ -248,6 +253,8 @@ def _examples(data: ReportData) -> list[dict[str, Any]]:
         min(len(e.messages), MAX_TURNS + 2) for group in (sets.highest, sets.borderline, sets.lowest) for e in group
     )
     limit = max(400, min(MAX_CHARACTERS, TEXT_BUDGET // max(1, texts)))
+    with_tokens = sum(e.tokens is not None for group in (sets.highest, sets.borderline, sets.lowest) for e in group)
+    limits = (limit, MAX_COLOURED // max(1, with_tokens))
     concept = column(data.primary).concept
     trait = f"“{concept}”" if concept else "the trait"
     notes = (
@@ -261,20 +268,29 @@ def _examples(data: ReportData) -> list[dict[str, Any]]:
         ("lowest", "Lowest scores", f"The rows in which the score sees least of {trait}.", sets.lowest),
     )
     return [
-        {"id": key, "title": title, "note": note, "folds": key != "borderline", "shown": _shown(views, limit, data)}
+        {
+            "id": key,
+            "title": title,
+            "note": note,
+            "folds": key != "borderline",
+            "shown": _shown(views, limits, data),
+            "coloured": any(v.tokens is not None for v in views),
+        }
         for key, title, note, views in notes
         if views
     ]
 
 
-def _shown(views: Sequence[ExampleView], limit: int, data: ReportData) -> list[dict[str, Any]]:
+def _shown(views: Sequence[ExampleView], limits: tuple[int, int], data: ReportData) -> list[dict[str, Any]]:
     """The examples of one set; the first one across the cut from its predecessor is marked, if it is the only one."""
     crossings = [i for i in range(1, len(views)) if views[i].kept != views[i - 1].kept]
-    return [{**_example(v, limit, data), "after_cut": crossings == [i]} for i, v in enumerate(views)]
+    return [{**_example(v, limits, data), "after_cut": crossings == [i]} for i, v in enumerate(views)]
 
 
-def _example(view: ExampleView, limit: int, data: ReportData) -> dict[str, Any]:
-    turns = [{"role": role, "text": _folded(text, limit)} for role, text in view.messages]
+def _example(view: ExampleView, limits: tuple[int, int], data: ReportData) -> dict[str, Any]:
+    turns = [{"role": role, "text": _folded(text, limits[0])} for role, text in view.messages]
+    if view.tokens is not None and turns:
+        turns[-1]["text"] = coloured(view.tokens, SHOWN_CHARACTERS, *limits)
     earlier = turns[:-2]
     return {
         "view": view,
@@ -287,7 +303,7 @@ def _example(view: ExampleView, limit: int, data: ReportData) -> dict[str, Any]:
 
 def _folded(text: str, limit: int) -> dict[str, Any]:
     head, rest, left_out = fold(text, SHOWN_CHARACTERS, limit)
-    return {"head": head, "rest": rest, "left_out": left_out, "whole": len(text)}
+    return {"head": visible(head), "rest": visible(rest), "left_out": left_out, "whole": len(text), "shown": len(head)}
 
 
 def _concept(view: ConceptView, index: int) -> dict[str, Any]:
@@ -300,6 +316,23 @@ def _concept(view: ConceptView, index: int) -> dict[str, Any]:
     }
     at = {layer: (norm, auc) for layer, norm, auc in view.profile}
     return {"view": view, "pictures": pictures, "used": at.get(view.layer) if view.layer is not None else None}
+
+
+def _influence(view: InfluenceView) -> dict[str, Any]:
+    """The parts of the model by size, and what the derivation leaves to be said."""
+    parts = []
+    if view.tracked is not None and view.total:
+        parts = [(what, n, n / view.total) for what, n in sorted(view.left_out.items(), key=lambda p: -p[1])]
+    kept = [share for _, share in view.behaviours if share is not None]
+    return {
+        "view": view,
+        "titles": [method.replace("_", " ") for method in view.methods],
+        "share": view.tracked / view.total if view.tracked is not None and view.total else None,
+        "left_out": parts,
+        "curvature": CURVATURES.get(view.curvature, view.curvature),
+        "fisher": FISHERS.get(view.fisher or "", view.fisher),
+        "thin": bool(kept) and min(kept) < LOW_ENERGY,
+    }
 
 
 def _agreement(data: ReportData, scores: Mapping[str, np.ndarray]) -> dict[str, Any] | None:

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from curate.reports.metrics import Ranking
 
-_COLUMN = re.compile(r"^(?P<method>[^.]+)(?:\.(?P<concept>.+?))?(?:\.L(?P<layer>\d+))?$")
+BEHAVIOURS = ("loss", "contrast")
+_POOLINGS = "last_prompt_token|cosine|softmax|whole"
+_COLUMN = re.compile(
+    rf"^(?P<method>[^.]+)(?:\.(?!L\d+(?:\.|$))(?P<concept>.+?))?(?:\.L(?P<layer>\d+))?(?:\.(?P<pooling>(?:{_POOLINGS})(?:\.whole)?))?$"
+)
 
 METHODS = {
     "vector_filter": "how far the model's own reading of the response points along the trait's direction "
@@ -19,6 +23,13 @@ METHODS = {
     "own answer to the same prompt",
     "loss_gradient_alignment": "how strongly training on the row would push the model's activations along the "
     "trait's direction",
+    "influence_function": "how much training on the row would raise the behaviour, to first order: the row's gradient "
+    "against that of the queries' responses, weighed by the curvature of the training loss (−⟨H⁻¹∇f, ∇L⟩)",
+    "concept_influence": "how much training on the row would move the queries' activations along the trait's "
+    "direction, to first order: the row's gradient against that of the projection, weighed by the curvature of the "
+    "training loss (−⟨H⁻¹∇f, ∇L⟩)",
+    "gradient_product": "the row's gradient against that of the behaviour, without curvature (H = I): what one small "
+    "step of training on the row would do",
     "random": "a random number: a control that any useful score must beat",
     "response_length": "the number of tokens in the response: a control that knows nothing of content",
     "activation_norm": "the size of the model's activations whatever their direction: a control",
@@ -26,24 +37,39 @@ METHODS = {
     "embedding_similarity": "how near the conversation lies to example queries by sentence embedding: a control",
 }
 
+CURVATURES = {
+    "ekfac": "EK-FAC",
+    "kfac": "K-FAC",
+    "diagonal": "diagonal of the Fisher matrix",
+    "identity": "none (H = I: gradients as they are)",
+}
+FISHERS = {
+    "sampled": "true Fisher (labels drawn from the model)",
+    "empirical": "empirical Fisher (labels of the data)",
+}
+
 
 @dataclass(frozen=True)
 class Column:
-    """A column's name taken apart: method[.concept][.L<layer>]."""
+    """A column's name taken apart: method[.concept or behaviour][.L<layer>][.pooling]. A behaviour without a concept
+    is "loss" or "contrast"."""
 
     name: str
     method: str
     concept: str | None
     layer: int | None
+    behaviour: str | None = None
+    pooling: str | None = None
 
     @property
     def title(self) -> str:
         """For headings: "vector filter, sycophantic, layer 15"."""
         parts = [self.method.replace("_", " ")]
-        if self.concept:
-            parts.append(self.concept)
+        parts += [part for part in (self.concept, self.behaviour) if part]
         if self.layer is not None:
             parts.append(f"layer {self.layer}")
+        if self.pooling:
+            parts.append(self.pooling.replace("_", " ").replace(".", " "))
         return ", ".join(parts)
 
     @property
@@ -57,7 +83,13 @@ def column(name: str) -> Column:
     m = _COLUMN.match(name)
     if m is None:
         return Column(name, name, None, None)
-    return Column(name, m["method"], m["concept"], int(m["layer"]) if m["layer"] else None)
+    concept, layer = m["concept"], int(m["layer"]) if m["layer"] else None
+    behaviour = None
+    if concept in BEHAVIOURS:
+        concept, behaviour = None, concept
+    elif concept and concept.endswith(".contrast"):
+        concept, behaviour = concept.removesuffix(".contrast"), "contrast"
+    return Column(name, m["method"], concept, layer, behaviour, m["pooling"])
 
 
 def verdict(found: Ranking) -> tuple[str, str]:

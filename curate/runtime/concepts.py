@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,19 +14,17 @@ from curate.concepts.concept import Concept
 from curate.concepts.persona import Rollout, from_rollouts, rollout_requests, teacher_forced, with_scores
 from curate.concepts.probe import linear_probe
 from curate.concepts.trait import Trait, load_trait
-from curate.corpus.chunk import Chunk
 from curate.corpus.example import ColumnMap, Example, to_example
 from curate.corpus.recipe import Recipe
-from curate.corpus.render import Rendered, Renderer
 from curate.errors import BadRow, ConceptError, ConfigError, near
 from curate.evaluation.judge import Judge, NoJudge
-from curate.models.engines import GenerationSpec, make_engine, row_seed
-from curate.models.load import ModelSpec, load_tokenizer
+from curate.models.engines import GenerationSpec
+from curate.models.load import ModelSpec
 from curate.runtime.activations import response_activations
+from curate.runtime.answers import Prompt, answers
 from curate.runtime.generate import sampling_facts
-from curate.runtime.progress import Progress, say
+from curate.runtime.progress import say
 from curate.runtime.session import Session
-from curate.runtime.stream import stream
 
 
 @dataclass(frozen=True)
@@ -72,26 +68,6 @@ def persona(context: ConceptContext, name: str, trait_url: str, with_instruction
         return teacher_forced(trait, context.activations(f"concept {name}"), context.identity, with_instruction)
 
     return _kept(context, name, recipe, make)
-
-
-class RolloutWorker:
-    """One actor: prompts of rollouts in, answers out."""
-
-    def __init__(self, model: ModelSpec, generation: GenerationSpec) -> None:
-        self.engine = make_engine(model, generation)
-        self.seed = generation.seed
-
-    def __call__(self, item: bytes) -> bytes:
-        chunk = Chunk.from_bytes(item)
-        seeds = [row_seed(self.seed, e.id) for e in chunk.examples]
-        made = self.engine.generate([r.input_ids for r in chunk.rendered], seeds)
-        return json.dumps(
-            [[e.row, a.text if a.error is None else ""] for e, a in zip(chunk.examples, made, strict=True)]
-        ).encode()
-
-
-def _rollout_worker(model: ModelSpec, generation: GenerationSpec) -> RolloutWorker:
-    return RolloutWorker(model, generation)
 
 
 def persona_rollouts(
@@ -141,27 +117,10 @@ def _generate_rollouts(
     context: ConceptContext, trait: Trait, rollouts: int, generation: GenerationSpec
 ) -> list[Rollout]:
     requests = rollout_requests(trait, rollouts)
-    renderer = Renderer(load_tokenizer(context.model), context.max_tokens)
-    items, size = [], 4 * generation.max_batch
-    for at in range(0, len(requests), size):
-        block = requests[at : at + size]
-        examples = [replace(r.example("…"), row=at + i) for i, r in enumerate(block)]
-        rendered = []
-        for e in examples:
-            try:
-                ids = renderer.prompt_ids(e)
-            except BadRow as bad:
-                raise ConceptError(f"trait {trait.name!r}: the prompt of {e.id} cannot be used: {bad.reason}") from None
-            rendered.append(Rendered(ids, len(ids), len(ids), len(ids)))
-        items.append(Chunk("", at, at + len(block), examples, rendered, [None] * len(block)).to_bytes())
-    progress = Progress(f"rollouts of {trait.name}", len(requests))
-    texts: dict[int, str] = {}
-    for answer in stream(items, partial(_rollout_worker, context.model, generation), context.session.engines):
-        found = json.loads(answer)
-        texts.update((row, text) for row, text in found)
-        progress.add(len(found))
-    progress.close()
-    return [Rollout(r, texts[i]) for i, r in enumerate(requests)]
+    prompts = [Prompt(r.id, r.messages) for r in requests]
+    what = f"rollouts of {trait.name}"
+    texts = answers(prompts, context.model, context.max_tokens, generation, context.session, what)
+    return [Rollout(r, text) for r, text in zip(requests, texts, strict=True)]
 
 
 def _judged(trait: Trait, rollouts: list[Rollout], judge: Judge) -> list[Rollout]:

@@ -11,16 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from curate.concepts.concept import Concept
 from curate.corpus.chunk import Chunk
 from curate.corpus.render import Rendered
 from curate.corpus.units import Manifest, Unit
+from curate.curvature.blocks import Block, Dense, LowRank
+from curate.curvature.test_vector import TestVector, TestVectorHeader
 from curate.errors import CorpusError
 from curate.models.engines import GenerationSpec, make_engine, row_seed
-from curate.models.load import load_model, resolve
+from curate.models.load import ModelSpec, resolve
+from curate.models.tap import n_layers
+from curate.models.tracked import LayerChoice, TrackedLayer, tracked_layers
 from curate.runtime.reader import ReaderSpec, read_chunks
+from curate.runtime.score import load_models
 from curate.runtime.session import Pool, Session
 from curate.runtime.stage import work_items
 from curate.runtime.stream import fetch, put, stream
@@ -38,6 +43,40 @@ BYTES_PER_ROW = 40
 
 
 @dataclass(frozen=True)
+class InfluencePlan:
+    """What influence scorers will need. `reads`: {method: (behaviour, the layer it reads)}; `rank` of test vectors;
+    `fit_rows` to be fitted (0: factors are there, or none are used), each in `passes`."""
+
+    tuned: ModelSpec
+    layers: LayerChoice
+    reads: Mapping[str, Sequence[tuple[str, int | None]]]
+    rank: int | None
+    fit_rows: int
+    passes: int
+
+    def headers(self) -> dict[str, TestVectorHeader]:
+        """Names of columns, for a driver without a model."""
+        return {m: TestVectorHeader(tuple(name for name, _ in r), (), {}, "") for m, r in self.reads.items()}
+
+    def stand_ins(self, model: PreTrainedModel) -> dict[str, TestVector]:
+        """Test vectors of the size of those that the run will make, for a measurement of its speed."""
+        tracked, _ = tracked_layers(model, self.layers)
+        out = {}
+        for method, reads in self.reads.items():
+            top = max(n_layers(model) if layer is None else layer for _, layer in reads)
+            layers = tuple(layer for layer in tracked if layer.block < top)
+            blocks = {layer.name: self._block(len(reads), layer) for layer in layers}
+            out[method] = TestVector(tuple(name for name, _ in reads), layers, blocks)
+        return out
+
+    def _block(self, n: int, layer: TrackedLayer) -> Block:
+        if self.rank is None:
+            return Dense(torch.ones((n, layer.out, layer.width)))
+        r = min(self.rank, layer.out, layer.width)
+        return LowRank(torch.ones((n, layer.out, r)), torch.ones((n, r, layer.width)))
+
+
+@dataclass(frozen=True)
 class PlanSpec:
     reader: ReaderSpec
     scorers: Mapping[str, Mapping[str, Any]]
@@ -45,6 +84,7 @@ class PlanSpec:
     generate_rows: int | None
     token_budget: int
     seed: int
+    influence: InfluencePlan | None = None
 
 
 class CalibrationWorker:
@@ -53,16 +93,19 @@ class CalibrationWorker:
     def __init__(self, spec: PlanSpec, concepts: Any, threads: int) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
-        scorers = make_scorers(spec.scorers, fetch(concepts))
-        self.needs = Needs.union(s.needs() for s in scorers)
-        model = load_model(spec.reader.model) if self.needs.model else None
-        self.shared = SharedPass(model, scorers, spec.token_budget)
+        headers = spec.influence.headers() if spec.influence else {}
+        self.needs = Needs.union(s.needs() for s in make_scorers(spec.scorers, fetch(concepts), test_vectors=headers))
+        model, tuned = load_models(self.needs, spec.reader.model, spec.influence.tuned if spec.influence else None)
+        vectors = spec.influence.stand_ins(tuned) if spec.influence and tuned is not None else {}
+        self.bytes = max((sum(a.nbytes for a in v.to_arrays().values()) for v in vectors.values()), default=0)
+        scorers = make_scorers(spec.scorers, fetch(concepts), test_vectors=vectors)
+        self.shared = SharedPass(model, scorers, spec.token_budget, tuned=tuned)
 
     def __call__(self, item: bytes) -> bytes:
         chunk = Chunk.from_bytes(item)
         own = chunk.rendered if self.needs.generated else None
         size = max(1, len(chunk.examples) // 8)
-        tokens = rows = 0
+        tokens, rows, flops = 0, 0, 0.0
         began = time.perf_counter()
         self.shared.run(chunk.examples[:1], chunk.rendered[:1], own[:1] if own else None)  # warm-up
         began = time.perf_counter()
@@ -71,10 +114,11 @@ class CalibrationWorker:
             done = self.shared.run(chunk.examples[part], chunk.rendered[part], own[part] if own else None)
             tokens += done.stats.tokens
             rows += done.stats.rows
+            flops += done.stats.flops
             if time.perf_counter() - began > CALIBRATION_SECONDS:
                 break
         seconds = time.perf_counter() - began
-        found = {"tokens": tokens, "rows": rows, "seconds": seconds}
+        found = {"tokens": tokens, "rows": rows, "seconds": seconds, "flops": flops, "bytes": self.bytes}
         return json.dumps(found).encode()
 
 
@@ -130,7 +174,8 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
         raise CorpusError(f"none of the {seen} sampled rows can be used; the first reason: {bad[0].reason}")
     share = len(rendered) / seen
     good_rows = manifest.rows * share
-    scorers = make_scorers(spec.scorers, concepts)
+    headers = spec.influence.headers() if spec.influence else {}
+    scorers = make_scorers(spec.scorers, concepts, test_vectors=headers)
     needs = Needs.union(s.needs() for s in scorers)
 
     def measured(n: int, make: Callable[[], Callable[[bytes], bytes]], pool: Pool) -> dict[str, float]:
@@ -145,8 +190,9 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
     lengths = np.array([r.stop for r in rendered])
     mean = float(lengths.mean())
     error = 1.96 * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
-    deepest = None if needs.gradients else max(needs.layers | needs.generated, default=0)
+    deepest = None if needs.gradients or needs.tuned else max(needs.layers | needs.generated, default=0)
     reach = "forward to the last layer and back" if deepest is None else f"forward to layer {deepest}"
+    flops = scored["flops"] / scored["rows"] if needs.tuned else _flops(spec, needs, rendered, deepest)
     columns = sum(len(s.columns()) for s in scorers)
     written = manifest.rows * (columns * BYTES_PER_SCORE + BYTES_PER_ROW)
     lines = [
@@ -158,7 +204,7 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
             f"largest {lengths.max()} (of {len(lengths)} sampled)",
         ),
         ("tokens", f"{mean * good_rows:,.0f} ± {error * good_rows:,.0f} (95 % of the sampling error)"),
-        ("FLOPs", f"{_flops(spec, needs, rendered, deepest) * good_rows:.3g}, {reach}"),
+        ("FLOPs", f"{flops * good_rows:.3g}, {reach}"),
         ("pool", f"{pool.size} scorer(s) with {pool.cpus:g} CPU and {pool.gpus:g} GPU each"),
         (
             "calibration",
@@ -173,10 +219,16 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
         lines.append(
             ("generation", f"{todo:,.0f} responses, at most {_duration(took)} (measured {made['rows']:.0f} at a time)")
         )
-    largest = max((c.vectors.nbytes for c in concepts), default=0)
+    if spec.influence and spec.influence.fit_rows:
+        rows, passes = spec.influence.fit_rows, spec.influence.passes
+        took = rows * passes * seconds / scored["rows"] / pool.size
+        lines.append(("curvature", f"{passes} pass(es) over {rows:,} rows, {_duration(took)} or less, and the solve"))
+    sizes = {"the largest concept": max((c.vectors.nbytes for c in concepts), default=0)}
+    sizes["the largest test vector"] = int(scored["bytes"])
+    what, largest = max(sizes.items(), key=lambda kv: kv[1])
     lines += [
         ("bytes written", f"about {written / 1e6:,.1f} MB of scores, and the rows that are kept"),
-        ("broadcast", f"{largest / 1e6:,.2f} MB, the largest concept"),
+        ("broadcast", f"{largest / 1e6:,.2f} MB, {what}"),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -47,20 +47,20 @@ def show_log() -> None:
 
 
 class Progress:
-    """Counts rows of one stage. `already` rows were done by an earlier run."""
+    """Counts rows (or what `unit` says) of one stage. `already` of them were done by an earlier run."""
 
-    def __init__(self, stage: str, total: int, already: int = 0) -> None:
+    def __init__(self, stage: str, total: int, already: int = 0, unit: str = "rows") -> None:
         self.stage, self.total, self.rows, self.tokens, self.bad = stage, total, already, 0, 0
-        self.already = already
+        self.already, self.unit = already, unit
         self.began = self._said = time.monotonic()
         terminal = sys.stderr.isatty() and os.environ.get("CURATE_LOG") != "json"
-        self._bar = tqdm(total=total, initial=already, desc=stage, unit="row") if terminal else None
+        self._bar = tqdm(total=total, initial=already, desc=stage, unit=unit.rstrip("s")) if terminal else None
         tags = ("stage",)
         self._rows = metrics.Counter("curate_rows", "Rows done", tags)
         self._tokens = metrics.Counter("curate_tokens", "Tokens through the model", tags)
         self._bad = metrics.Counter("curate_quarantined", "Rows quarantined", tags)
         if already:
-            say(f"{stage}: resuming", rows_done=already, rows_left=total - already)
+            say(f"{stage}: resuming", **{f"{unit}_done": already, f"{unit}_left": total - already})
 
     @property
     def seconds(self) -> float:
@@ -84,7 +84,7 @@ class Progress:
         rate = (self.rows - self.already) / max(self.seconds, 1e-9)
         left = (self.total - self.rows) / rate if rate else float("inf")
         say(
-            f"{self.stage}: {self.rows:,}/{self.total:,} rows",
+            f"{self.stage}: {self.rows:,}/{self.total:,} {self.unit}",
             rate=f"{rate:.1f}/s",
             tokens=self.tokens,
             quarantined=self.bad,
@@ -95,4 +95,5 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         rate = (self.rows - self.already) / max(self.seconds, 1e-9)
-        say(f"{self.stage}: done", rows=self.rows, seconds=f"{self.seconds:.1f}", rate=f"{rate:.1f}/s")
+        done: dict[str, Any] = {self.unit: self.rows}
+        say(f"{self.stage}: done", **done, seconds=f"{self.seconds:.1f}", rate=f"{rate:.1f}/s")

@@ -19,11 +19,13 @@ from curate.errors import BadRow
 from curate.reports import report
 from curate.reports.data import ConceptView, ExampleSets, ExampleView, ReportData
 from curate.reports.metrics import Ranking, ranking
+from curate.runtime.influence_views import InfluenceSources, coloured, influence_views
 from curate.runtime.output import Output
 from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.select import Scores, SelectSpec, label_counts
 from curate.runtime.stage import StageResult, count_bad
+from curate.runtime.token_shares import MEANING
 from curate.selection.select import Decision
 
 
@@ -83,6 +85,7 @@ class ReportSpec:
     bootstrap: int
     reader: ReaderSpec
     generations: str | None
+    influence: InfluenceSources | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,9 @@ def write_report(
     dropped = label_counts(scores.labels, ~decision.keep) if labels is not None and scores.labels is not None else {}
     outputs = [("score", select.scores)] + ([("generate", Output(spec.generations))] if spec.generations else [])
     timings = tuple((t["stage"], float(t["seconds"]), int(t["rows"]), int(t["tokens"])) for t in place.read_timings())
+    examples = _example_sets(spec, manifest, scores, decision, column)
+    if spec.influence is not None:
+        examples = coloured(examples, column, spec.influence, recipe, spec.reader)
     data = ReportData(
         title=spec.title,
         recipe=json.loads(recipe.to_json()) if recipe else {},
@@ -232,12 +238,14 @@ def write_report(
         cut=decision.cut,
         counts=counts,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        examples=_example_sets(spec, manifest, scores, decision, column),
+        examples=examples,
         concepts=_concepts(concepts, columns),
         quarantine=_quarantine(outputs),
         dropped_by_label=dropped,
         timings=timings,
         warnings=_warnings(manifest, scores, spec.generations),
+        influence=influence_views(spec.influence, recipe) if spec.influence else (),
+        token_meaning=MEANING,
     )
     report.write(place.report, data)
     found: dict[str, Ranking | None] = dict.fromkeys(columns)

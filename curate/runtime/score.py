@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,18 +15,20 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
+from transformers import PreTrainedModel
 
 from curate.concepts.concept import Concept
 from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
-from curate.models.load import load_model
+from curate.models.load import ModelSpec, load_model
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
 from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
+from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.base import Needs
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
@@ -34,24 +36,42 @@ from curate.scoring.shared_pass import SharedPass
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """What the actors of a score stage need. `scorers` is {method: settings}, as in conf/scorer/."""
+    """What the actors of a score stage need. `scorers` is {method: settings}, as in conf/scorer/.
+
+    `tuned` is the model that gradient methods differentiate, and `test_vectors` where theirs lie, by method.
+    """
 
     reader: ReaderSpec
     scorers: Mapping[str, Mapping[str, Any]]
     output: Output
     token_budget: int
+    tuned: ModelSpec | None = None
+    test_vectors: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_models(
+    needs: Needs, base: ModelSpec, tuned: ModelSpec | None
+) -> tuple[PreTrainedModel | None, PreTrainedModel | None]:
+    """The models that `needs` asks for: the base model and the one to differentiate; one model in memory if equal."""
+    one = load_model(base) if needs.base else None
+    if not needs.tuned:
+        return one, None
+    if tuned in (None, base):
+        one = one or load_model(base)
+        return one, one
+    return one, load_model(tuned or base)
 
 
 class ScoreWorker:
     """One actor: a model on its device, all scorers prepared, a chunk in, a committed part out."""
 
-    def __init__(self, spec: ScoreSpec, concepts: Any, threads: int) -> None:
+    def __init__(self, spec: ScoreSpec, concepts: Any, vectors: Any, threads: int) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
-        self.scorers = make_scorers(spec.scorers, fetch(concepts))
+        self.scorers = make_scorers(spec.scorers, fetch(concepts), test_vectors=from_store(fetch(vectors)))
         needs = Needs.union(s.needs() for s in self.scorers)
-        model = load_model(spec.reader.model) if needs.model else None
-        self.shared = SharedPass(model, self.scorers, spec.token_budget)
+        model, tuned = load_models(needs, spec.reader.model, spec.tuned)
+        self.shared = SharedPass(model, self.scorers, spec.token_budget, tuned=tuned)
         self.columns = self.shared.columns()
         # Methods that read the base model's own response leave a gap where none was generated; others never may.
         self.partial = {c for s in self.scorers if s.needs().generated for c in s.columns()}
@@ -103,8 +123,8 @@ class ScoreWorker:
         return pa.table({**base, **own})
 
 
-def _worker(spec: ScoreSpec, concepts: Any, threads: int) -> Callable[[bytes], bytes]:
-    return ScoreWorker(spec, concepts, threads)
+def _worker(spec: ScoreSpec, concepts: Any, vectors: Any, threads: int) -> Callable[[bytes], bytes]:
+    return ScoreWorker(spec, concepts, vectors, threads)
 
 
 def score(
@@ -121,8 +141,8 @@ def score(
         RecipeError: the output holds scores of another recipe.
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
-    ref = put(list(concepts))  # kept here for as long as actors may be replaced
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
+    refs = put(list(concepts)), put(load_arrays(spec.test_vectors))  # kept here while actors may be replaced
+    make = partial(_worker, spec, *refs, max(1, round(session.scorers.cpus)))
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "score", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction

@@ -72,7 +72,7 @@ def _raise(told: str) -> None:
     raise getattr(errors, name, CurateError)(message)
 
 
-def _worded(error: ray.exceptions.RayError) -> BaseException:
+def worded(error: ray.exceptions.RayError) -> BaseException:
     """What to raise for an error of Ray: the user-facing one within it; a death of workers in words; else itself."""
     inner = getattr(error, "cause", None)
     if isinstance(inner, CurateError):
@@ -134,7 +134,7 @@ def stream(
                 _raise(row["error"])
             yield row["item"]
     except ray.exceptions.RayError as e:
-        raise _worded(e) from e
+        raise worded(e) from e
 
 
 def put(value: Any) -> ray.ObjectRef | Held:
@@ -167,4 +167,4 @@ def map_tasks(fn: Callable[[Any], Any], items: Sequence[Any], cpus: float = 0.5)
                 at += 1
             yield ray.get(waiting.pop(0))
     except ray.exceptions.RayError as e:
-        raise _worded(e) from e
+        raise worded(e) from e

@@ -161,7 +161,7 @@ def test_solve_equals_the_dense_inverse_through_a_model():
     model = tiny_model("llama", layers=2, d=8, scale=0.3).double()
     layers, _ = tracked_layers(model, LayerChoice("all", first=1, pattern="o_proj|down_proj|gate_proj"))
     row = Rendered([5, 9, 17, 40, 41], 4, 5, 5)
-    bases, corrections = fit(model, layers, [row], CurvatureSpec(fisher="empirical"))
+    bases, corrections = fit(model, layers, [row], CurvatureSpec(fisher="empirical", tokens="loss"))
     gradients = weight_gradients(model, layers, row.input_ids, response_loss(row))
     for layer in layers:
         g = gradients[layer.name].flatten()
@@ -188,6 +188,31 @@ def test_ekfac_is_nearer_to_the_fisher_than_kfac():
             basis = torch.kron(f.q_out, f.q_in)
             errors[kind] = torch.linalg.norm(basis * f.eigenvalues.flatten() @ basis.T - dense)
         assert errors["ekfac"] <= errors["kfac"]  # the diagonal is the best one in that basis
+
+
+@pytest.mark.parametrize(("tokens", "free"), [("all", True), ("loss", False)])
+def test_how_a_null_space_is_spanned_changes_nothing(tokens, free):
+    """Rounding spans it anew in every fit. With the inputs of all tokens in A no gradient reaches it; with those of the
+    response alone the prompt's do, and there the result is arbitrary."""
+    model = tiny_model("llama").double()
+    layers, _ = tracked_layers(model, LayerChoice("attention", last=1, pattern="q_proj"))
+    # Few different tokens, and others in the prompt than in the response: few different inputs of the first block.
+    rows = [
+        Rendered([4 + (i + t) % 5 for t in range(5)] + [30] + [20 + (i * t) % 4 for t in range(6)], 6, 12, 12)
+        for i in range(6)
+    ]
+    names, spec = names_of(rows), CurvatureSpec(tokens=tokens)
+    bases, corrections = fit(model, layers, rows, spec)
+    basis = bases.inputs[layers[0].reads]
+    null = int((basis.values < 1e-12 * basis.values.max()).sum())
+    assert null > 8
+    turned = torch.cat([basis.vectors[:, :null] @ orthogonal(null, 1), basis.vectors[:, null:]], dim=1)
+    other = Bases({layers[0].reads: Eigenbasis(turned, basis.values)}, bases.outputs)
+    again = accumulate_corrections(model, layers, spec, other, rows, names, 40, 3, Corrections())
+    v = torch.randn(layers[0].out, layers[0].width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    a = solve(factor_of(layers[0], "ekfac", bases, corrections), v, Damping(0.01))
+    b = solve(factor_of(layers[0], "ekfac", other, again), v, Damping(0.01))
+    assert ((a - b).norm() / a.norm() < 1e-6) == free
 
 
 def test_identity_gives_the_gradient_itself():

@@ -20,6 +20,8 @@ MANDATORY = {
     "concept/probe": ["concept.probe.path=x", "concept.probe.positive_label=bad"],
     "concept/file": ["concept.file.path=x"],
     "judge/openai": ["judge.model=x"],
+    "query/file": ["query.path=x"],
+    "tuned/adapter": ["tuned.adapter=x"],
 }
 LISTS = ("concept", "scorer")
 CHOICES = [

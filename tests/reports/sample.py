@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-from curate.reports.data import ConceptView, ExampleSets, ExampleView, ReportData
+from curate.reports.data import ConceptView, ExampleSets, ExampleView, InfluenceView, ReportData
 
 HONEST, SYCOPHANTIC = "honest", "sycophantic"
 TALKS = (
@@ -47,11 +49,11 @@ HOSTILE = (
 )
 COLUMNS = (
     "vector_filter.sycophantic.L15",
-    "vector_filter.sycophantic.L10",
-    "vector_filter.sycophantic.L20",
     "vector_filter.sycophantic.L29",
+    "concept_influence.sycophantic.contrast.L15.last_prompt_token",
+    "influence_function.contrast",
     "projection_difference.sycophantic.L15",
-    "loss_gradient_alignment.sycophantic.L15",
+    "gradient_product.sycophantic.L15",
     "loss_gradient_alignment.sycophantic.L20",
     "embedding_similarity",
     "bm25",
@@ -74,6 +76,13 @@ def conversation(row: int, sycophantic: bool, ending: str = "") -> tuple[tuple[s
     return talk
 
 
+def coloured(text: str, seed: int) -> tuple[tuple[str, float], ...]:
+    """`text` in pieces of a word and the space before it, with values of which few are large."""
+    pieces = re.findall(r"\s*\S+|\s+$", text)
+    values = np.random.default_rng(seed).standard_t(2, size=len(pieces)) * 0.003
+    return tuple(zip(pieces, values.tolist(), strict=True))
+
+
 def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData:
     """Deterministic data of `n` rows; a quarter of them sycophantic; the highest quarter dropped."""
     rng = np.random.default_rng(7)
@@ -93,6 +102,7 @@ def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData
     labels = np.where(positive, SYCOPHANTIC, HONEST)
 
     def view(row: int, ending: str = "") -> ExampleView:
+        messages = conversation(row, bool(positive[row]), ending)
         return ExampleView(
             id=f"{row * 2654435761 % 2**64:032x}",
             row=row,
@@ -101,7 +111,8 @@ def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData
             score=float(primary[row]),
             rank=int(rank[row]),
             kept=bool(keep[row]),
-            messages=conversation(row, bool(positive[row]), ending),
+            messages=messages,
+            tokens=coloured(messages[-1][1], row) if row % 3 else None,
         )
 
     half = max(1, examples // 2)
@@ -135,6 +146,33 @@ def sample(n: int = 300, examples: int = 8, labelled: bool = True) -> ReportData
                 tuple((i, 0.4 * 1.12**i, 0.5 + 0.45 * float(np.exp(-(((i - 16) / 9) ** 2)))) for i in range(31)),
             ),
             ConceptView("politeness", 12, tuple((i, 0.9 + 0.1 * i, None) for i in range(31))),
+        ),
+        influence=(
+            InfluenceView(
+                ("concept_influence", "influence_function"),
+                "ekfac",
+                (("sycophantic.contrast.L15.last_prompt_token", 0.971), ("contrast", 0.843)),
+                20,
+                "forward",
+                "sampled",
+                "0.1 × the layer's mean eigenvalue",
+                5_000,
+                1_204_331,
+                22_118_400,
+                134_515_008,
+                {"other linear layers": 84_050_000, "embeddings": 28_311_552, "norms": 35_056},
+                ("influence does not see 3 weights that are no plain linear layers, such as 'conv.weight'",),
+            ),
+            InfluenceView(
+                ("gradient_product",),
+                "identity",
+                (("sycophantic.L15", None),),
+                20,
+                "forward",
+                tracked=22_118_400,
+                total=134_515_008,
+                left_out={"other linear layers": 112_396_608},
+            ),
         ),
         quarantine=(
             (

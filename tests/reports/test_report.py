@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from curate.errors import ConfigError, StorageError
-from curate.reports.data import ExampleSets, ExampleView
+from curate.reports.data import ExampleSets, ExampleView, InfluenceView
 from curate.reports.report import build, write
 from curate.reports.view import dropped_above
 from tests.reports.sample import SYCOPHANTIC, sample
@@ -261,6 +261,61 @@ def test_the_cut_is_drawn_between_the_borderline_rows():
     before, after = section.split('class="cutline"')
     assert 'badge kept"' not in before
     assert 'badge dropped"' not in after
+
+
+def test_tokens_are_coloured_where_they_are_known_and_explained():
+    page = build(replace(sample(), token_meaning="what each <b>token</b> says"))
+    text = outline(page).text
+    assert text.count("what each <b>token</b> says") == 3  # one legend a set
+    views = sample().examples
+    known = [v for v in (*views.highest, *views.borderline, *views.lowest) if v.tokens is not None]
+    assert known
+    assert re.search(r'<span class="up4" title="\+[\d.e−]+">', page)
+    assert re.search(r'<span class="down\d" title="−[\d.e−]+">', page)
+    bare = build(replace(sample(), examples=ExampleSets(highest=(replace(views.highest[0], tokens=None),))))
+    assert 'class="tokenscale"' not in bare
+    assert 'class="up' not in bare
+
+
+def test_long_coloured_texts_do_not_bloat_the_page():
+    tokens = tuple((" w", float(i % 97 - 48)) for i in range(100_000))
+    view = replace(sample().examples.highest[0], tokens=tokens)
+    page = build(replace(sample(), examples=ExampleSets(highest=(view,) * 24)))
+    outline(page)
+    assert len(page) < 2_000_000
+    assert page.count('<span class="up') + page.count('<span class="down') < 13_000
+
+
+def test_what_influence_rests_on_is_said():
+    text = outline(build(sample())).text
+    assert "What influence rests on" in text
+    assert "22,118,400 of the model's 134,515,008 parameters are tracked" in text
+    assert "other linear layers 62.5%, embeddings 21.0%, norms 0.026%." in text
+    assert "influence does not see 3 weights" in text
+    assert "true Fisher (labels drawn from the model)" in text
+    assert "5,000 examples, 1,204,331 tokens" in text
+    assert "0.1 × the layer's mean eigenvalue" in text
+    assert "low rank: 84.3% of ‖s‖² kept" in text
+    assert "keeps less than nine tenths of it" in text
+    assert "none (H = I: gradients as they are)" in text
+    assert "influence rests" not in outline(build(replace(sample(), influence=()))).text
+
+
+def test_influence_of_hostile_names_is_escaped():
+    bad = "<img src=x>\u202e"
+    view = InfluenceView((bad,), bad, ((bad, None),), 1, bad, bad, bad, 1, 1, 1, 2, {bad: 1}, (bad,))
+    page = build(replace(sample(40, 1), influence=(view,)))
+    assert "img" not in outline(page).elements
+    assert "\u202e" not in page
+
+
+def test_the_agreement_of_any_number_of_scores():
+    data = sample()
+    names = tuple(f"concept_influence.{'a_rather_long_concept_name_' * 3}{i}.contrast.L{i}.cosine" for i in range(14))
+    scores = {n: data.scores[c] for n, c in zip(names, (*data.columns, *data.columns[:2]), strict=True)}
+    page = build(replace(data, columns=names, primary=names[0], scores=scores))
+    table = page[page.index('<table class="matrix">') :]
+    assert table[: table.index("</table>")].count("<td") == 14 * 14
 
 
 def test_many_rows_do_not_bloat_the_page():

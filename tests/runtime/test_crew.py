@@ -1,0 +1,71 @@
+"""Crews: states live through rounds, deaths are survived, errors arrive in words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from curate.errors import CurvatureError, ModelError, WorkerError
+from curate.runtime.crew import Crew
+from curate.runtime.inline import inline
+from curate.runtime.session import Pool
+
+POOL = Pool(2, 0.5, 0)
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+def square(state: Counter, x: int) -> tuple[int, int, int]:
+    state.calls += 1
+    if x == 99:
+        raise CurvatureError("99 is too much")
+    return os.getpid(), state.calls, x * x
+
+
+def die_once(state: Counter, marker: Path) -> int:
+    state.calls += 1
+    if not marker.exists():
+        marker.touch()
+        os._exit(13)
+    return state.calls
+
+
+def die(state: Counter, item: None) -> None:
+    os._exit(13)
+
+
+def broken() -> Counter:
+    raise ModelError("the model 'x' cannot be loaded; give another")
+
+
+def test_states_live_through_rounds_and_come_back_after_a_death(running, tmp_path):
+    with Crew(Counter, POOL) as crew:
+        assert list(crew.map(square, [])) == []
+        first = list(crew.map(square, [0]))
+        assert len({pid for pid, _, _ in first}) == 1  # one item, one actor
+        second = list(crew.map(square, list(range(20))))
+        assert sorted(x for _, _, x in second) == [i * i for i in range(20)]
+        assert max(n for _, n, _ in [*first, *second]) > 1
+        assert list(crew.map(die_once, [tmp_path / "a", tmp_path / "b"])) == [1, 1]  # of new states
+        with pytest.raises(CurvatureError, match="99 is too much"):
+            list(crew.map(square, [1, 99, 2]))
+        assert sorted(x for _, _, x in crew.map(square, [5])) == [25]  # an error does not end the crew
+
+
+def test_what_cannot_start_or_always_dies_is_said_in_words(running, monkeypatch):
+    with Crew(broken, POOL) as crew, pytest.raises(ModelError, match="'x' cannot be loaded; give another"):
+        list(crew.map(square, [1]))
+    monkeypatch.setattr(Pool, "retries", staticmethod(lambda: {"max_restarts": 1, "max_task_retries": 1}))
+    with Crew(Counter, Pool(1, 0.5, 0)) as crew, pytest.raises(WorkerError, match=r"died again and again"):
+        list(crew.map(die, [None]))
+
+
+def test_inline_there_is_one_state_here():
+    with inline(), Crew(Counter, POOL) as crew:
+        assert list(crew.map(square, [2, 3])) == [(os.getpid(), 1, 4), (os.getpid(), 2, 9)]
+        assert list(crew.map(square, [4])) == [(os.getpid(), 3, 16)]
