@@ -9,7 +9,6 @@ loss, and that comes from directional/. Several queries are several columns of o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from curate.curvature.test_vector import TestVector, TestVectorHeader
@@ -20,121 +19,69 @@ from curate.scoring.directional.make import BACKENDS
 TestVectors = Mapping[str, TestVector | TestVectorHeader]
 
 
-@dataclass(frozen=True)
-class _Queries:
-    """One method's test vector as columns: ``"concept_influence.sycophantic.L15"`` for the behaviour
-    ``"sycophantic.L15"``."""
+class DirectionalDerivative(Scorer):
+    """What the three methods share; a subclass says by its name which test vector is its own.
 
-    method: str
-    derivative: Derivative
+    A query named "sycophantic.L15" is the column ``"concept_influence.sycophantic.L15"``.
 
-    @property
+    Args:
+        test_vectors: by method name; on the driver, which computes nothing, their headers will do.
+        backend: "contraction", "forward", "difference", or "auto" (the fastest for the model and number of queries).
+        reduction: the row's loss is the "mean" or the "sum" over its response tokens; as it was for H.
+
+    Raises:
+        ConfigError: no test vector for the method, an unknown backend or reduction.
+    """
+
+    def __init__(self, test_vectors: TestVectors, backend: str = "auto", reduction: str = "mean") -> None:
+        if self.name not in test_vectors:
+            raise ConfigError(
+                f"the scorer {self.name!r} needs a test vector and none is given; run the fit job, or set query=…"
+            )
+        for option, value, known in (
+            ("backend", backend, [*BACKENDS, "auto"]),
+            ("reduction", reduction, ["mean", "sum"]),
+        ):
+            if value not in known:
+                raise ConfigError(f"scorer.{self.name}.{option} is {value!r}{near(value, known)}")
+        self._derivative = Derivative(test_vectors[self.name], backend, reduction)
+
+    def needs(self) -> Needs:
+        return Needs(derivatives=frozenset({self.name}))
+
+    def derivative(self) -> Derivative:
+        return self._derivative
+
     def columns(self) -> list[str]:
-        return [f"{self.method}.{name}" for name in self.derivative.vector.names]
+        return [f"{self.name}.{query}" for query in self._derivative.vector.names]
 
     def score(self, batch: Batch) -> Columns:
-        found = batch.derivatives[self.method]
-        return {column: as_column(found[:, i]) for i, column in enumerate(self.columns)}
+        found = batch.derivatives[self.name]
+        return {column: as_column(found[:, i]) for i, column in enumerate(self.columns())}
 
     def fingerprint(self) -> dict[str, Any]:
         return {
-            "method": self.method,
-            "columns": self.columns,
-            "test_vector": self.derivative.vector.digest,
-            "reduction": self.derivative.reduction,
-            "backend": self.derivative.backend,
+            "method": self.name,
+            "columns": self.columns(),
+            "test_vector": self._derivative.vector.digest,
+            "reduction": self._derivative.reduction,
+            "backend": self._derivative.backend,
         }
 
 
-def _queries(method: str, test_vectors: TestVectors, backend: str, reduction: str) -> _Queries:
-    if method not in test_vectors:
-        raise ConfigError(
-            f"the scorer {method!r} needs a test vector and none is given; run the fit job, or set query=…"
-        )
-    if backend != "auto" and backend not in BACKENDS:
-        raise ConfigError(f"scorer.{method}.backend is {backend!r}{near(backend, [*BACKENDS, 'auto'])}")
-    if reduction not in ("mean", "sum"):
-        raise ConfigError(f"scorer.{method}.reduction is {reduction!r}{near(reduction, ['mean', 'sum'])}")
-    return _Queries(method, Derivative(test_vectors[method], backend, reduction))
-
-
-class InfluenceFunction(Scorer):
-    """f = -L of the queries: training on the row makes their responses likelier (paper A, eq. 1).
-
-    backend: "contraction", "forward", "difference", or "auto" (the fastest for the model and the number of queries).
-    reduction: the row's loss is the "mean" or the "sum" over its response tokens; as it was for H.
-    """
+class InfluenceFunction(DirectionalDerivative):
+    """f = -L of the queries: training on the row makes their responses likelier (paper A, eq. 1)."""
 
     name = "influence_function"
 
-    def __init__(self, test_vectors: TestVectors, backend: str = "auto", reduction: str = "mean") -> None:
-        self.queries = _queries(self.name, test_vectors, backend, reduction)
 
-    def needs(self) -> Needs:
-        return Needs(derivatives=frozenset({self.name}))
-
-    def derivative(self) -> Derivative:
-        return self.queries.derivative
-
-    def columns(self) -> list[str]:
-        return self.queries.columns
-
-    def score(self, batch: Batch) -> Columns:
-        return self.queries.score(batch)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self.queries.fingerprint()
-
-
-class ConceptInfluence(Scorer):
-    """f = the queries' mean projection on a concept: training on the row raises it (paper A, eq. 2).
-
-    Settings as of InfluenceFunction.
-    """
+class ConceptInfluence(DirectionalDerivative):
+    """f = the queries' mean projection on a concept: training on the row raises it (paper A, eq. 2)."""
 
     name = "concept_influence"
 
-    def __init__(self, test_vectors: TestVectors, backend: str = "auto", reduction: str = "mean") -> None:
-        self.queries = _queries(self.name, test_vectors, backend, reduction)
 
-    def needs(self) -> Needs:
-        return Needs(derivatives=frozenset({self.name}))
-
-    def derivative(self) -> Derivative:
-        return self.queries.derivative
-
-    def columns(self) -> list[str]:
-        return self.queries.columns
-
-    def score(self, batch: Batch) -> Columns:
-        return self.queries.score(batch)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self.queries.fingerprint()
-
-
-class GradientProduct(Scorer):
-    """H = I: the gradients' inner product, no curvature (paper A, eq. 7-9).
-
-    Settings as of InfluenceFunction.
-    """
+class GradientProduct(DirectionalDerivative):
+    """H = I: the gradients' inner product, no curvature (paper A, eq. 7-9)."""
 
     name = "gradient_product"
-
-    def __init__(self, test_vectors: TestVectors, backend: str = "auto", reduction: str = "mean") -> None:
-        self.queries = _queries(self.name, test_vectors, backend, reduction)
-
-    def needs(self) -> Needs:
-        return Needs(derivatives=frozenset({self.name}))
-
-    def derivative(self) -> Derivative:
-        return self.queries.derivative
-
-    def columns(self) -> list[str]:
-        return self.queries.columns
-
-    def score(self, batch: Batch) -> Columns:
-        return self.queries.score(batch)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self.queries.fingerprint()
