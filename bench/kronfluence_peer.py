@@ -62,10 +62,12 @@ class KronfluencePeer:
         task = _CausalTask(names)
         self._model = prepare_model(model, task)
         self._folder = tempfile.TemporaryDirectory(prefix="kronfluence-")
+        level = logging.root.level
         self._analyzer = Analyzer(
             "peer", self._model, task, cpu=True, disable_tqdm=True, output_dir=self._folder.name,
             log_level=logging.ERROR,
         )  # fmt: skip
+        logging.root.setLevel(level)  # which kronfluence sets for its own
         self._analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=_collate))
         self._arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=empirical)
         self._batch = batch
