@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import conversation, write_jsonl
-from tests.jobs.helpers import command, options, parts
+from tests.jobs.helpers import command, inline, options, parts, run_job
 
 ROWS, UNIT, WORKERS = 400, 10, 2
 pytestmark = pytest.mark.slow
@@ -37,9 +37,7 @@ def run_options(corpus_url, model):
 @pytest.fixture(scope="module")
 def undisturbed(run_options, tmp_path_factory) -> dict:
     sink = tmp_path_factory.mktemp("undisturbed")
-    process = command("score", run_options(sink))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    run_job("score", inline(run_options(sink)))
     return parts(sink)
 
 

@@ -41,13 +41,18 @@ def options(corpus: Path | str, model: Path, sink: Path | str, **more: object) -
     return [f"{k}={v}" for k, v in base.items() if v is not None]
 
 
+def inline(overrides: list[str]) -> list[str]:
+    """The same without Ray: pool sizes are left out, budgets stay."""
+    pools = [o for o in overrides if o.startswith("cluster.") and not o.startswith("cluster.token_budget")]
+    return [*(o for o in overrides if o not in pools), "cluster=inline", "cluster.cpus=1"]
+
+
 def run_job(job: str, overrides: list[str]) -> None:
     """In this process; errors are raised as they are. Inline (see the fixture `here`) or on the suite's Ray."""
     import importlib
 
     if HERE:
-        pools = [o for o in overrides if o.startswith("cluster.") and not o.startswith("cluster.token_budget")]
-        overrides = [*(o for o in overrides if o not in pools), "cluster=inline"]
+        overrides = inline(overrides)
     run(compose_config(job, overrides), importlib.import_module(f"jobs.{job}").stages)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import conversation, write_jsonl
-from tests.jobs.helpers import command, options, parts
+from tests.jobs.helpers import command, inline, options, parts, run_job
 from tests.s3_server import serve
 
 ROWS = 300
@@ -57,9 +57,7 @@ def test_the_main_job_on_s3_survives_a_kill(endpoint, model, tmp_path):
     assert "rows_done=" in err
     assert f"s3://{bucket}/out/report.html" in out
 
-    alone = command("run", options(tmp_path / "corpus", model, tmp_path / "out", **more))
-    assert alone.wait(timeout=400) == 0
-    alone.communicate()
+    run_job("run", inline(options(tmp_path / "corpus", model, tmp_path / "out")))
     root = "out/scores/parts/"
     found = {}
     for key in keys(client, bucket, root):
