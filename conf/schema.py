@@ -86,7 +86,7 @@ class Tuned:
 @dataclass(frozen=True)
 class Query:
     kind: Literal["trait", "file", "on_policy"]
-    path: str
+    path: str | None = None
     max_queries: int | None = None
     columns: ColumnMap = field(default_factory=ColumnMap)
     positive: str = "positive"
@@ -111,7 +111,7 @@ class Curvature:
     damping: float = 0.1
     damping_kind: Literal["relative", "absolute"] = "relative"
     rank: int | None = None
-    shard_rows: int = 256
+    shard_rows: int = 64
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,13 @@ from curate.curvature.queries import (
 from curate.curvature.test_vector import TestVectorHeader
 from curate.errors import ConfigError
 from curate.models.load import ModelSpec, identity, load_tokenizer
+from curate.models.tracked import Coverage
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import DifferentiatorSpec, differentiators
-from curate.runtime.fit import FitSpec, fit
+from curate.runtime.fit import FitSpec, fit, say_coverage
 from curate.runtime.influence_views import InfluenceSources
 from curate.runtime.plan import InfluencePlan
+from curate.runtime.progress import say
 from curate.runtime.queries import OnPolicySpec, on_policy
 from curate.runtime.test_vectors import VectorSpec, make_test_vectors
 from curate.scoring.base import Scorer
@@ -87,8 +89,14 @@ class Influence:
         for name, value in (("rank", c.rank), ("shard_rows", c.shard_rows)):
             if value is not None and value < 1:
                 raise ConfigError(f"curvature.{name} is {value}; it must be at least 1")
-        for method in self.methods:
+        self._query_path  # noqa: B018  (raises where there is none)
+        for method, options in self.methods.items():
             self._behaviour_specs(method)
+            if (own := options.get("reduction", c.reduction)) != c.reduction:
+                raise ConfigError(
+                    f"scorer.{method}.reduction is {own!r} and curvature.reduction {c.reduction!r}: queries, curvature "
+                    f"and rows must have one loss; set curvature.reduction alone"
+                )
 
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
@@ -172,11 +180,34 @@ class Influence:
     def queries(self) -> list[Query]:
         """The configured queries as tokens."""
         renderer = Renderer(load_tokenizer(self.pipeline.model), self.config.source.max_tokens)
-        return render_queries(self._query_examples()[: self.config.query.max_queries], renderer)
+        found = render_queries(self._query_examples()[: self.config.query.max_queries], renderer)
+        say(f"queries: {len(found)} from {self._query_path} (query={self.config.query.kind})")
+        return found
+
+    @property
+    def _query_path(self) -> str:
+        """The file that queries are made from.
+
+        Raises:
+            ConfigError: none is set, and no one persona concept says which.
+        """
+        q = self.config.query
+        if q.path is not None:
+            return expand(q.path)
+        if q.kind == "file":
+            raise ConfigError("query.path is not set; give the JSON lines of your queries: query.path=…")
+        personas = {name: s.path for name, s in (self.config.concept or {}).items() if s.kind == "persona"}
+        path = next(iter(personas.values())) if len(personas) == 1 else None
+        if not isinstance(path, str):
+            found = ", ".join(personas) or "none"
+            raise ConfigError(
+                f"query.path is not set, and its trait file is that of a persona concept only where there is exactly "
+                f"one (configured: {found}); give query.path=…"
+            )
+        return expand(path)
 
     def _query_examples(self) -> list[QueryExample]:
-        q = self.config.query
-        path = expand(q.path)
+        q, path = self.config.query, self._query_path
         if q.max_queries is not None and q.max_queries < 1:
             raise ConfigError(f"query.max_queries is {q.max_queries}; it must be at least 1")
         if q.kind == "file":
@@ -226,7 +257,8 @@ class Influence:
             return
         longest = min(self.spec.max_tokens, self.config.source.max_tokens)
         reader = replace(self.pipeline.reader, max_tokens=longest, overlong="truncate")
-        spec = FitSpec(url, reader, self.spec, self.config.curvature.shard_rows)
+        bad = self.config.source.max_bad_fraction
+        spec = FitSpec(url, reader, self.spec, self.config.curvature.shard_rows, bad)
         _, done = fit(spec, self.factor_recipe, self.pipeline.whole_manifest, self.identity, crew)
         if done is not None:
             self.pipeline.timed("fit", done)
@@ -264,11 +296,14 @@ class Influence:
         """The headers of all test vectors by method; makes queries, factors and vectors that are not there."""
         if not self.methods:
             return {}
-        budget = self.pipeline.session.token_budget
+        budget = self.pipeline.session.gradient_token_budget
         specs = list(self._vectors.values())
         with differentiators(DifferentiatorSpec(self.model, self.spec.layers, budget), self.pipeline.session) as crew:
             self._fit(crew)
-            return make_test_vectors(specs, crew)
+            found = make_test_vectors(specs, crew)
+        if self.factors_url is None:  # else the fit has said it, before the work
+            say_coverage(Coverage(**next(iter(found.values())).meta["coverage"]))
+        return found
 
     @property
     def urls(self) -> dict[str, str]:
@@ -280,7 +315,7 @@ class Influence:
         """What a report reads of all this; None where no method needs it."""
         if not self.methods:
             return None
-        actors = DifferentiatorSpec(self.model, self.spec.layers, self.pipeline.session.token_budget)
+        actors = DifferentiatorSpec(self.model, self.spec.layers, self.pipeline.session.gradient_token_budget)
         wanted = self.config.report.tokens
         crew = (lambda: differentiators(actors, self.pipeline.session)) if wanted else None
         return InfluenceSources(self.urls, self.factors_url, crew)

@@ -170,9 +170,8 @@ class Pipeline:
     def concept_list(self) -> list[Concept]:
         """All configured concepts, made or found, checked against the model."""
         found: list[Concept] = []
-        context = making.ConceptContext(
-            self.model, self.identity, self.config.source.max_tokens, self.store, self.session
-        )
+        longest = self.config.source.max_tokens
+        context = making.ConceptContext(self.model, self.identity, longest, self.store, self.session)
         for name, s in (self.config.concept or {}).items():
             for made in self._concepts(name, s, context):
                 if s.layer is not None:
@@ -305,7 +304,8 @@ class Pipeline:
             self.generate()
             reader = replace(reader, generations=self.generations[0].url)
         places = (self.influence.model, self.influence.urls) if self.needs.derivatives else ()
-        spec = ScoreSpec(reader, self.scorer_options, self.scores_place, self.session.token_budget, *places)
+        budgets = self.session.token_budget, self.session.gradient_token_budget
+        spec = ScoreSpec(reader, self.scorer_options, self.scores_place, *budgets, *places)
         bad = self.config.source.max_bad_fraction
         self.timed("score", score(spec, recipe, self.manifest, self.concept_list, self.session, bad))
 
@@ -370,6 +370,7 @@ class Pipeline:
             self.sampling,
             self.config.source.generate_rows,
             self.session.token_budget,
+            self.session.gradient_token_budget,
             self.config.seed,
             self.influence.plan(),
         )

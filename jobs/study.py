@@ -76,7 +76,7 @@ def layer_stride_study(pipeline: Pipeline) -> tuple[LayerStrides, str]:
         page,
         pipeline.config.report.title,
     )
-    actors = DifferentiatorSpec(influence.model, influence.spec.layers, pipeline.session.token_budget)
+    actors = DifferentiatorSpec(influence.model, influence.spec.layers, pipeline.session.gradient_token_budget)
     with differentiators(actors, pipeline.session) as crew:
         return study(spec, recipe, pipeline.manifest, crew), page
 

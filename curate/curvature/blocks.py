@@ -47,6 +47,14 @@ class LowRank:
 Block = Dense | LowRank
 
 
+def squared(block: Block) -> Float[Tensor, " q"]:
+    """‖S‖² of every behaviour, float64, on the CPU."""
+    if isinstance(block, Dense):
+        return torch.linalg.vector_norm(block.values, dim=(1, 2), dtype=torch.float64).square().cpu()
+    u, v = block.u.double(), block.v.double()
+    return ((u.mT @ u) * (v @ v.mT)).sum((1, 2)).cpu()  # ‖uv‖² = ⟨uᵀu, vvᵀ⟩
+
+
 def cut(block: Block, rank: int) -> LowRank:
     """The best approximation of rank `rank` of every behaviour's matrix.
 
@@ -57,27 +65,42 @@ def cut(block: Block, rank: int) -> LowRank:
     return LowRank(torch.stack([u for u, _ in parts]), torch.stack([v for _, v in parts]))
 
 
-def join(parts: Sequence[tuple[int, Block | None]], out: int, width: int) -> Block:
-    """The blocks of one layer, one under the other; a part (q, None) is q rows of zeros. Of low rank if all are.
+def join(
+    parts: Sequence[tuple[int, Block | None]],
+    out: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    scale: Float[Tensor, " q"] | None = None,
+) -> Block:
+    """The blocks of one layer, one under the other, each written to its place on `device` straight away, in `dtype`.
 
-    A single block is returned as it is, in the memory that it shares with others.
+    A part (q, None) is q rows of zeros. Of low rank if all are. A single block that is on the device and of the dtype
+    stays in the memory that it shares with others. With `scale`, each behaviour's matrix is multiplied by its entry.
     """
     found = [block for _, block in parts if block is not None]
-    if len(parts) == len(found) == 1:
-        return found[0]
-    like = found[0].values if isinstance(found[0], Dense) else found[0].u
-    thin = [block for block in found if isinstance(block, LowRank)]
-    if len(thin) < len(found):
-        return Dense(torch.cat([like.new_zeros((q, out, width)) if b is None else b.dense() for q, b in parts]))
-    rank = max(block.u.shape[2] for block in thin)
+    if len(parts) == len(found) == 1 and scale is None:
+        (one,) = found
+        if isinstance(one, Dense):
+            return Dense(one.values.to(device, dtype))
+        return LowRank(one.u.to(device, dtype), one.v.to(device, dtype))
     total = sum(q for q, _ in parts)
-    u, v, at = like.new_zeros((total, out, rank)), like.new_zeros((total, rank, width)), 0
+    ranks = [block.u.shape[2] for block in found if isinstance(block, LowRank)]
+    thin, inner = len(ranks) == len(found), max(ranks, default=0)
+    left = torch.zeros((total, out, inner if thin else width), device=device, dtype=dtype)
+    right = torch.zeros((total, inner, width) if thin else (0,), device=device, dtype=dtype)
+    end = 0
     for q, block in parts:
-        if isinstance(block, LowRank):
-            own = block.u.shape[2]
-            u[at : at + q, :, :own], v[at : at + q, :own] = block.u, block.v
-        at += q
-    return LowRank(u, v)
+        at, end = slice(end, end + q), end + q
+        if block is None:
+            continue
+        first = block.u if thin and isinstance(block, LowRank) else block.dense()
+        if scale is not None:
+            first = first * scale[at, None, None].to(first)
+        left[at, :, : first.shape[2]] = first
+        if thin and isinstance(block, LowRank):
+            right[at, : block.v.shape[1]] = block.v
+    return LowRank(left, right) if thin else Dense(left)
 
 
 def _cut(matrix: Float[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,9 @@ def load_factor(url: str, layer: TrackedLayer, kind: str) -> Factor:
         return Factor(layer, "identity")
     shapes = {"eigenvalues": (layer.out, layer.width)}
     if kind == "diagonal":
-        return Factor(layer, "diagonal", _read(_layer_url(url, layer), shapes)["eigenvalues"])
-    parts = _read(_layer_url(url, layer), {**shapes, "q_out": (layer.out, layer.out)})
-    q_in = _read(_input_url(url, layer), {"q_in": (layer.width, layer.width)})["q_in"]
+        return Factor(layer, "diagonal", _read(url, _layer_url(url, layer), shapes)["eigenvalues"])
+    parts = _read(url, _layer_url(url, layer), {**shapes, "q_out": (layer.out, layer.out)})
+    q_in = _read(url, _input_url(url, layer), {"q_in": (layer.width, layer.width)})["q_in"]
     return Factor(layer, "kfac" if kind == "kfac" else "ekfac", parts["eigenvalues"], parts["q_out"], q_in)
 
 
@@ -91,13 +91,15 @@ def load_index(url: str, model: Mapping[str, Any] | None = None) -> FactorIndex:
     """
     where = storage.join(url, INDEX)
     if not storage.exists(where):
-        raise CurvatureError(f"{url} holds no finished factors: there is no {INDEX}, which is written last. Fit again.")
+        raise CurvatureError(
+            f"{url} holds no finished factors: there is no {INDEX}, which is written last. Run the fit again."
+        )
     try:
         body = json.loads(storage.read_text(where))
         if body.get("format") != FORMAT or body.get("version") != VERSION:
             raise CurvatureError(
                 f"{where} has the format {body.get('format')!r}, version {body.get('version')!r}; this program reads "
-                f"{FORMAT!r}, version {VERSION}"
+                f"{FORMAT!r}, version {VERSION}. {_remedy(url)}"
             )
         spec = {**body["spec"], "layers": LayerChoice(**body["spec"]["layers"])}
         index = FactorIndex(
@@ -110,11 +112,13 @@ def load_index(url: str, model: Mapping[str, Any] | None = None) -> FactorIndex:
             int(body["tokens"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise CurvatureError(f"{where} is broken: {type(e).__name__}: {e}") from e
+        raise CurvatureError(f"{where} is broken: {type(e).__name__}: {e}. {_remedy(url)}") from e
     have = {f.name for f in storage.list_files(url)}
     missing = [name for name in _files(index) if name not in have]
     if missing:
-        raise CurvatureError(f"{url} is incomplete: {len(missing)} files are missing, such as {missing[0]}. Fit again.")
+        raise CurvatureError(
+            f"{url} is incomplete: {len(missing)} files are missing, such as {missing[0]}. {_remedy(url)}"
+        )
     if model is not None:
         check_model(url, index.model, model)
     return index
@@ -128,7 +132,7 @@ def check_model(url: str, fitted: Mapping[str, Any], model: Mapping[str, Any]) -
     if any(fitted.get(key) != model.get(key) for key in ("digest", "adapter")):
         raise CurvatureError(
             f"the factors in {url} are of {_title(fitted)}, the gradients of {_title(model)}: curvature of one model "
-            f"means nothing in another. Fit factors for this model."
+            f"means nothing in another. Fit factors for this model; if that is what this folder should hold, remove it."
         )
 
 
@@ -159,16 +163,23 @@ def _write(url: str, tensors: Mapping[str, Tensor]) -> None:
     storage.write_atomic(url, safetensors.torch.save(plain))
 
 
-def _read(url: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _remedy(folder: str) -> str:
+    return f"Remove the folder {folder} and run the same command again; the factors are then fitted anew."
+
+
+def _read(folder: str, url: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(storage.read_bytes(url))
     except safetensors.SafetensorError as e:
-        raise CurvatureError(f"the factor file {url} is broken: {e}. Fit again.") from e
+        raise CurvatureError(f"the factor file {url} is broken: {e}. {_remedy(folder)}") from e
     for key, shape in shapes.items():
         if key not in tensors:
-            raise CurvatureError(f"the factor file {url} holds no {key}; it is of another kind of curvature")
+            raise CurvatureError(
+                f"the factor file {url} holds no {key}; it is of another kind of curvature. {_remedy(folder)}"
+            )
         if tensors[key].shape != shape:
             raise CurvatureError(
-                f"the factor file {url} has {key} of the shape {tuple(tensors[key].shape)}, not {shape}"
+                f"the factor file {url} has {key} of the shape {tuple(tensors[key].shape)}, not {shape}. "
+                f"{_remedy(folder)}"
             )
     return tensors

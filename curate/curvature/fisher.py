@@ -73,11 +73,9 @@ class CurvatureSpec:
 
 @dataclass(frozen=True)
 class FisherBatch:
-    """One batch on its way through the model. `counted`: the tokens that count in A. `ends[i]`: from there on row i
-    has neither loss nor gradient."""
+    """One batch on its way through the model. `counted`: the tokens that count in A. `scale`: of δ, row by row."""
 
     counted: Bool[Tensor, "batch tokens"]
-    ends: tuple[int, ...]
     scale: Float[Tensor, "batch 1 1"]
 
 
@@ -119,7 +117,7 @@ def fisher_pass(
         predicting = predicting_mask(starts, ends, tokens.shape[1], tokens.device)
         sizes = [_scale(spec, n) for n in loss_counts(starts, ends)]
         scale = torch.tensor(sizes, dtype=torch.float64, device=tokens.device)[:, None, None]
-        about = FisherBatch(predicting if spec.tokens == "loss" else mask.bool(), tuple(ends), scale)
+        about = FisherBatch(predicting if spec.tokens == "loss" else mask.bool(), scale)
 
         def objective(
             last: Tensor,

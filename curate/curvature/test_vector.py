@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from connectors import storage
 from curate.concepts.concept import same_model
-from curate.curvature.blocks import Block, Dense, LowRank, cut, join
+from curate.curvature.blocks import Block, Dense, LowRank, cut, squared
 from curate.curvature.ekfac import Damping, Factor, solve
 from curate.errors import CurvatureError
 from curate.models.tracked import TrackedLayer
@@ -106,11 +106,7 @@ class TestVector:
         """‖s‖ of every behaviour over all layers, float64."""
         total = torch.zeros(len(self.names), dtype=torch.float64)
         for block in self.blocks.values():
-            if isinstance(block, Dense):
-                total += torch.linalg.vector_norm(block.values, dim=(1, 2), dtype=torch.float64).square().cpu()
-            else:  # ‖uv‖² = ⟨uᵀu, vvᵀ⟩
-                u, v = block.u.double(), block.v.double()
-                total += ((u.mT @ u) * (v @ v.mT)).sum((1, 2)).cpu()
+            total += squared(block)
         return total.sqrt()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -126,23 +122,28 @@ class TestVector:
 
 
 def solve_all(
-    gradients: Mapping[str, Mapping[str, Tensor]],
+    gradients: Mapping[str, MutableMapping[str, Tensor]],
     layers: Sequence[TrackedLayer],
     load_factor: Callable[[TrackedLayer], Factor],
     damping: Damping,
     meta: Mapping[str, Any] | None = None,
+    rank: int | None = None,
+    consume: bool = False,
 ) -> TestVector:
     """s = (H + λI)⁻¹∇f of every behaviour (METHODS §2), one layer's factor in memory at a time.
 
     Args:
         gradients: of `query_gradients`: by behaviour and layer name. A layer that none of them has is left out; one
             that some have not is zero for these.
-        load_factor: gives a layer's factor. meta: of the test vector; gains `damping`.
+        load_factor: gives a layer's factor. meta: of the test vector; gains `damping`, and what `low_rank` adds.
+        rank: each layer's block is cut to it as soon as it is solved, as by `low_rank`; one dense block is in memory.
+        consume: take each gradient out of `gradients` as it is solved, so that its memory is free.
 
     Raises:
-        CurvatureError: no gradients, gradients of a layer that is not among `layers`, a singular factor, or a result
-            that is not finite or wholly zero (the behaviour is named).
+        CurvatureError: no gradients, gradients of a layer that is not among `layers`, a singular factor, a rank below
+            1, or a result that is not finite or wholly zero (the behaviour is named).
     """
+    _check_rank(rank)
     names = tuple(gradients)
     reached = {name for gradient in gradients.values() for name in gradient}
     if stray := sorted(reached - {layer.name for layer in layers}):
@@ -151,21 +152,36 @@ def solve_all(
     if not used:
         raise CurvatureError("there is no gradient to solve for")
     blocks: dict[str, Block] = {}
+    energy = torch.zeros(len(names), dtype=torch.float64)
     for layer in used:
-        block = torch.zeros((len(names), layer.out, layer.width))
-        have = [q for q, name in enumerate(names) if layer.name in gradients[name]]
-        stacked = torch.stack([gradients[names[q]][layer.name] for q in have])
-        block[have] = solve(load_factor(layer), stacked, damping).to(block)
-        if not bool(torch.isfinite(block).all()):
-            raise CurvatureError(f"the solution for {layer.name} is not finite; raise the damping ({damping.value})")
-        blocks[layer.name] = Dense(block)
-    vector = TestVector(names, used, blocks, {**(meta or {}), "damping": asdict(damping)})
-    if zero := [name for name, norm in zip(names, vector.norm().tolist(), strict=True) if norm == 0]:
+        block = _solved(layer, [gradients[name] for name in names], load_factor(layer), damping, consume)
+        energy += squared(block)
+        blocks[layer.name] = block if rank is None else cut(block, rank)
+        del block  # dense: before the next one is made
+    if zero := [name for name, share in zip(names, energy.tolist(), strict=True) if share == 0]:
         raise CurvatureError(
             f"the test vector of {zero[0]!r} is zero: where its gradient is not, no example of the fit has one. Fit on "
             f"more examples, or track other layers"
         )
-    return vector
+    vector = TestVector(names, used, blocks, {**(meta or {}), "damping": asdict(damping)})
+    return vector if rank is None else _with_energy(vector, rank, energy)
+
+
+def _solved(
+    layer: TrackedLayer,
+    gradients: Sequence[MutableMapping[str, Tensor]],
+    factor: Factor,
+    damping: Damping,
+    consume: bool,
+) -> Dense:
+    """The layer's block; zero for a behaviour without a gradient there."""
+    block = torch.zeros((len(gradients), layer.out, layer.width))
+    have = [q for q, gradient in enumerate(gradients) if layer.name in gradient]
+    found = [gradients[q].pop(layer.name) if consume else gradients[q][layer.name] for q in have]
+    block[have] = solve(factor, torch.stack(found), damping).to(block)
+    if not bool(torch.isfinite(block).all()):
+        raise CurvatureError(f"the solution for {layer.name} is not finite; raise the damping ({damping.value})")
+    return Dense(block)
 
 
 def save(vector: TestVector, url: str) -> str:
@@ -202,6 +218,8 @@ def load(url: str) -> TestVector:
     """
     stem = _stem(url)
     body = _read_json(stem)
+    if not storage.exists(stem + ".safetensors"):
+        raise CurvatureError(f"{stem}.json has no {stem}.safetensors beside it. {_remedy(stem)}")
     stored = _header(body, stem).digest
     try:
         with safetensors.safe_open(str(storage.local_copy(stem + ".safetensors")), framework="pt") as f:
@@ -209,14 +227,14 @@ def load(url: str) -> TestVector:
         vector = _build(body, tensors)
     except (ValueError, TypeError, KeyError, safetensors.SafetensorError) as e:
         raise CurvatureError(
-            f"the test vector {stem}.safetensors is broken: {type(e).__name__}: {e}. Make it again."
+            f"the test vector {stem}.safetensors is broken: {type(e).__name__}: {e}. {_remedy(stem)}"
         ) from e
     # A copy from memory keeps the digest that the header gave; here it is worked out from what was read.
     del vector.__dict__["digest"]
     if vector.digest != stored:
         raise CurvatureError(
             f"{stem}.json and {stem}.safetensors do not belong together: the digest is {vector.digest}, the file says "
-            f"{stored}. A save was cut off, or a file was edited; make the test vector again."
+            f"{stored}. A save was cut off, or a file was edited. {_remedy(stem)}"
         )
     return vector
 
@@ -260,38 +278,24 @@ def low_rank(vector: TestVector, rank: int) -> tuple[TestVector, float]:
     Raises:
         CurvatureError: `rank` is less than 1.
     """
-    if rank < 1:
-        raise CurvatureError(f"the rank of a test vector is {rank}; it must be at least 1")
+    _check_rank(rank)
     blocks = {layer.name: cut(vector.blocks[layer.name], rank) for layer in vector.layers}
-    thin = TestVector(vector.names, vector.layers, blocks, vector.meta)
-    before, after = vector.norm().square(), thin.norm().square()
-    shares = torch.where(before > 0, after / before, 1.0).clamp(max=1.0)
-    kept = {"rank": rank, "energy_kept": dict(zip(vector.names, shares.tolist(), strict=True))}
-    total = float(after.sum() / before.sum()) if float(before.sum()) > 0 else 1.0
-    return TestVector(vector.names, vector.layers, blocks, {**vector.meta, **kept}), min(total, 1.0)
+    before = vector.norm().square()
+    thin = _with_energy(TestVector(vector.names, vector.layers, blocks, vector.meta), rank, before)
+    total = float(thin.norm().square().sum() / before.sum()) if float(before.sum()) > 0 else 1.0
+    return thin, min(total, 1.0)
 
 
-def concatenate(vectors: Sequence[TestVector], meta: Mapping[str, Any] | None = None) -> TestVector:
-    """All behaviours of `vectors` as one test vector: one pass scores them all. Names must differ.
+def _check_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise CurvatureError(f"the rank of a test vector is {rank}; it must be at least 1")
 
-    A layer that only some of them have is zero for the others. Blocks stay of low rank where all of a layer's are.
 
-    Raises:
-        CurvatureError: nothing to join, doubled names, or a layer of two shapes.
-    """
-    if not vectors:
-        raise CurvatureError("there is no test vector to join")
-    names = tuple(name for vector in vectors for name in vector.names)
-    known: dict[str, TrackedLayer] = {}
-    for layer in (layer for vector in vectors for layer in vector.layers):
-        if (one := known.setdefault(layer.name, layer)) != layer:
-            raise CurvatureError(f"the layer {layer.name} is {one} in one test vector and {layer} in another")
-    layers = tuple(sorted(known.values(), key=lambda layer: layer.block))  # stable: the order within a block stays
-    blocks = {
-        layer.name: join([(len(v.names), v.blocks.get(layer.name)) for v in vectors], layer.out, layer.width)
-        for layer in layers
-    }
-    return TestVector(names, layers, blocks, dict(vectors[0].meta if meta is None else meta))
+def _with_energy(thin: TestVector, rank: int, before: Float[Tensor, " q"]) -> TestVector:
+    """`thin` with its rank and, by name, its share of the ‖s‖² that was `before` it was cut."""
+    shares = torch.where(before > 0, thin.norm().square() / before, 1.0).clamp(max=1.0)
+    kept = {"rank": rank, "energy_kept": dict(zip(thin.names, shares.tolist(), strict=True))}
+    return TestVector(thin.names, thin.layers, thin.blocks, {**thin.meta, **kept})
 
 
 def _arrays(vector: TestVector) -> dict[str, np.ndarray]:
@@ -342,16 +346,18 @@ def _read_json(stem: str) -> dict[str, Any]:
     if not storage.exists(stem + ".json") and storage.exists(stem + ".safetensors"):
         raise CurvatureError(
             f"{stem}.safetensors has no {stem}.json beside it: the test vector was not written to its end, or one file "
-            f"of the pair was left behind. Make or copy it again."
+            f"of the pair was left behind. Run the command that makes it again, or copy both."
         )
     try:
         body = json.loads(storage.read_text(stem + ".json"))
     except ValueError as e:
-        raise CurvatureError(f"the test vector {stem}.json is broken: {e}. Make it again.") from e
+        raise CurvatureError(f"the test vector {stem}.json is broken: {e}. {_remedy(stem)}") from e
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CurvatureError(f"{stem}.json is not a test vector (no format {FORMAT!r} in it)")
+        raise CurvatureError(f"{stem}.json is not a test vector (no format {FORMAT!r} in it). {_remedy(stem)}")
     if body.get("version") != VERSION:
-        raise CurvatureError(f"{stem}.json has version {body.get('version')!r}; this program reads version {VERSION}")
+        raise CurvatureError(
+            f"{stem}.json has version {body.get('version')!r}; this program reads version {VERSION}. {_remedy(stem)}"
+        )
     return body
 
 
@@ -360,7 +366,11 @@ def _header(body: Mapping[str, Any], stem: str) -> TestVectorHeader:
         layers = tuple(TrackedLayer(**layer) for layer in body["layers"])
         return TestVectorHeader(tuple(body["names"]), layers, body["meta"], body["digest"])
     except (TypeError, KeyError) as e:
-        raise CurvatureError(f"the test vector {stem}.json is broken: {type(e).__name__}: {e}. Make it again.") from e
+        raise CurvatureError(f"the test vector {stem}.json is broken: {type(e).__name__}: {e}. {_remedy(stem)}") from e
+
+
+def _remedy(stem: str) -> str:
+    return f"Remove {stem}.json and run the same command again; the test vector is then made anew."
 
 
 def _stem(url: str) -> str:

@@ -8,6 +8,7 @@ Does not know what the objective is. The backward ends at the lowest tracked blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from curate.errors import ConfigError, ModelError
+from curate.errors import ConfigError, CurvatureError, ModelError
 from curate.models.tap import LayerTap, n_layers
 from curate.models.tracked import TrackedLayer
 
@@ -60,18 +61,18 @@ class LinearTap:
         """Call `on_layer` for every tracked layer; returns the objective's value, detached.
 
         With an objective that is a sum over rows, each row's a and δ are its own. Padding on the right needs no mask.
+
+        Raises:
+            CurvatureError: not every token reaches a tracked layer (a router chooses); names it.
         """
         inputs: dict[str, Tensor] = {}
         handles = []
 
         def watch(layer: TrackedLayer) -> Any:
             def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                # Some families (OPT) flatten batch and tokens on the way.
-                inputs[layer.name] = args[0].detach().reshape(*input_ids.shape, layer.width)
+                inputs[layer.name] = _by_token(args[0], layer, input_ids.shape)
                 output.register_hook(
-                    lambda delta: on_layer(
-                        layer, inputs.pop(layer.name), delta.detach().reshape(*input_ids.shape, layer.out)
-                    )
+                    lambda delta: on_layer(layer, inputs.pop(layer.name), _by_token(delta, layer, input_ids.shape))
                 )
 
             return forward
@@ -83,3 +84,14 @@ class LinearTap:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _by_token(states: Tensor, layer: TrackedLayer, shape: Sequence[int]) -> Float[Tensor, "batch tokens n"]:
+    """What a layer read or gave, as [batch, tokens, n]: some families (OPT) flatten the two on the way."""
+    n = states.shape[-1]
+    if states.numel() != math.prod(shape) * n:
+        raise CurvatureError(
+            f"the layer {layer.name!r} was reached by {states.numel() // n} of the {math.prod(shape)} tokens of a "
+            f"batch: a router chooses which. Leave it out, by the kind or the pattern of the tracked layers."
+        )
+    return states.detach().reshape(*shape, n)

@@ -9,6 +9,7 @@ an unmerged LoRA adapter are linear layers like any other: `kind="adapter"` trac
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from curate.models.tap import decoder_parts
 
 Kind = Literal["attention", "mlp", "all", "adapter"]
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
-_PROBE = 3  # tokens
+_PROBE = (2, 32)  # rows and tokens of different ids: enough that no router sends them all to one expert
 _ATTENTION = re.compile(r"\.(self_attn|self_attention|attn|attention)\.")
 
 
@@ -156,6 +157,8 @@ def _inputs(
     model: PreTrainedModel, candidates: Mapping[str, tuple[nn.Module, int]]
 ) -> tuple[dict[str, str], list[str]]:
     """{name: first layer that reads the same tensor}, in the order of a short forward; and who saw not all tokens."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = (torch.arange(math.prod(_PROBE), device=model.device) % vocabulary).view(_PROBE)
     seen: list[Tensor] = []  # kept, so that no address is used twice
     owner: dict[int, str] = {}
     reads: dict[str, str] = {}
@@ -163,7 +166,7 @@ def _inputs(
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0])
-            if args[0].numel() == _PROBE * args[0].shape[-1]:  # else a router chose which tokens come here
+            if args[0].numel() == ids.numel() * args[0].shape[-1]:  # else a router chose which tokens come here
                 reads.setdefault(name, owner.setdefault(id(args[0]), name))
 
         return hook
@@ -171,7 +174,7 @@ def _inputs(
     handles = [module.register_forward_pre_hook(note(name)) for name, (module, _) in candidates.items()]
     try:
         with torch.no_grad():
-            model.base_model(input_ids=torch.zeros((1, _PROBE), dtype=torch.long, device=model.device), use_cache=False)
+            model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

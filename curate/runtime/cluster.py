@@ -24,3 +24,4 @@ class ClusterSpec:
     reader_cpus: float = 0.25
     object_store_gb: float | None = None
     token_budget: int | None = None
+    gradient_token_budget: int | None = None

@@ -16,10 +16,11 @@ from curate.concepts.probe import linear_probe
 from curate.concepts.trait import Trait, load_trait
 from curate.corpus.example import ColumnMap, Example, to_example
 from curate.corpus.recipe import Recipe
+from curate.corpus.render import tokenizer_digest
 from curate.errors import BadRow, ConceptError, ConfigError, near
 from curate.evaluation.judge import Judge, NoJudge
 from curate.models.engines import GenerationSpec
-from curate.models.load import ModelSpec
+from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
 from curate.runtime.answers import Prompt, answers
 from curate.runtime.generate import sampling_facts
@@ -39,6 +40,14 @@ class ConceptContext:
 
     def activations(self, what: str) -> Callable[[Sequence[Example]], np.ndarray]:
         return lambda examples: response_activations(examples, self.model, self.max_tokens, self.session, what)
+
+    def facts(self) -> dict[str, Any]:
+        """What turns conversations into activations, for recipes."""
+        return {
+            "model": dict(self.identity),
+            "tokenizer": tokenizer_digest(load_tokenizer(self.model)),
+            "max_tokens": self.max_tokens,
+        }
 
     def place(self, name: str, recipe: Recipe) -> str:
         return storage.join(self.store, "concepts", f"{name}-{recipe.digest}")
@@ -60,8 +69,7 @@ def _kept(context: ConceptContext, name: str, recipe: Recipe, make: Callable[[],
 def persona(context: ConceptContext, name: str, trait_url: str, with_instruction: bool) -> Concept:
     """Persona vector from a trait file's contrastive responses."""
     trait = load_trait(trait_url)
-    fields = {"trait": trait.digest, "model": dict(context.identity), "with_instruction": with_instruction}
-    fields["max_tokens"] = context.max_tokens
+    fields = {**context.facts(), "trait": trait.digest, "with_instruction": with_instruction}
     recipe = Recipe("concept.persona.teacher_forced", fields)
 
     def make() -> Concept:
@@ -85,14 +93,13 @@ def persona_rollouts(
     recipe = Recipe(
         "concept.persona.rollouts",
         {
+            **context.facts(),
             "trait": trait.digest,
-            "model": dict(context.identity),
             "rollouts": rollouts,
             "generation": sampling_facts(generation),
             "judge": (judge or NoJudge()).fingerprint(),
             "thresholds": list(thresholds),
             "with_instruction": with_instruction,
-            "max_tokens": context.max_tokens,
         },
     )
 
@@ -169,12 +176,11 @@ def probe(
     if not examples:
         raise ConceptError(f"{url!r} has no usable labelled row for the probe {name!r}")
     fields = {
+        **context.facts(),
         "rows": digests,
         "columns": asdict(columns),
         "positive_label": positive_label,
         "max_rows": max_rows,
-        "max_tokens": context.max_tokens,
-        "model": dict(context.identity),
     }
 
     labels = [str(e.label) for e in examples]

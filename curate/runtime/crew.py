@@ -17,6 +17,7 @@ import torch
 from curate import errors
 from curate.errors import CurateError
 from curate.runtime.inline import is_inline
+from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool
 from curate.runtime.stream import DEAD_DEVICE_EXIT, worded
 
@@ -31,7 +32,8 @@ class _Member:
     def __init__(self, make: Callable[[], Any]) -> None:
         self.failed: CurateError | None = None
         try:
-            self.state = make()
+            with out_of_memory_in_words():
+                self.state = make()
         except CurateError as e:
             self.failed = e
 
@@ -39,7 +41,8 @@ class _Member:
         if self.failed is not None:
             return None, (type(self.failed).__name__, str(self.failed))
         try:
-            return act(self.state, item), None
+            with out_of_memory_in_words():
+                return act(self.state, item), None
         except CurateError as e:
             return None, (type(e).__name__, str(e))
         except torch.AcceleratorError:
@@ -61,11 +64,14 @@ class Crew:
 
         Raises:
             CurateError: raised in an actor; the first one ends the round.
-            WorkerError: actors died more often than they are replaced.
+            WorkerError: actors died more often than they are replaced, or ran out of their device's memory.
         """
         if is_inline():
-            self._here = self._here if self._here is not None or not items else self._make()
-            yield from (act(self._here, item) for item in items)
+            for item in items:
+                with out_of_memory_in_words():
+                    self._here = self._make() if self._here is None else self._here
+                    answer = act(self._here, item)
+                yield answer
             return
         self._grow(len(items))
         idle = list(self._members)

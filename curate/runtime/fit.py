@@ -31,29 +31,32 @@ from curate.corpus.units import Manifest
 from curate.curvature.covariance import Covariances, accumulate_covariances
 from curate.curvature.ekfac import Bases, Corrections, Eigenbasis, accumulate_corrections, eigenbasis, make_factor
 from curate.curvature.files import INDEX, FactorIndex, load_index, save_factor, save_index
-from curate.curvature.fisher import CurvatureSpec
-from curate.errors import CurvatureError
+from curate.curvature.fisher import CurvatureKind, CurvatureSpec
+from curate.errors import ConfigError, CorpusError, CurvatureError
 from curate.models.tracked import Coverage, TrackedLayer
 from curate.runtime import partials
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import Differentiator
+from curate.runtime.memory import free_bytes
 from curate.runtime.output import claim
 from curate.runtime.progress import Progress, say
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.stage import StageResult, work_items
 
-PARTIAL_BYTES = 64 << 30  # of all shards' sums together; large models get larger shards
+PARTIAL_BYTES = 16 << 30  # of all shards' sums together; large models get larger shards
 Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
 class FitSpec:
-    """`url`: the folder of the factors. `reader` cuts long rows; `shard_rows` is what a kill can cost, per actor."""
+    """`url`: the folder of the factors. `reader` cuts long rows; `shard_rows` is what a kill can cost, per actor; of
+    the sample's rows `max_bad_fraction` may be unusable."""
 
     url: str
     reader: ReaderSpec
     curvature: CurvatureSpec
     shard_rows: int
+    max_bad_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,23 @@ def fit(
 
     Raises:
         RecipeError: the folder holds the product of another recipe.
-        CurvatureError: the factors there are of another model; no row of the sample can be used; gradients or a
-            covariance that are not finite; a covariance without an eigendecomposition.
-        ConfigError: no layer matches the choice.
+        CurvatureError: the factors there are of another model; the sums need more memory than an actor's device has; no
+            row of the sample can be used; gradients or a covariance that are not finite; a covariance without an
+            eigendecomposition.
+        CorpusError: more than `max_bad_fraction` of the sampled rows cannot be used.
+        ConfigError: no layer matches the choice; the curvature is the identity, for which there is nothing to fit.
     """
+    if spec.curvature.kind == "identity":
+        raise ConfigError("curvature=identity is H = I: there is nothing to fit; choose ekfac, kfac or diagonal")
     if storage.exists(storage.join(spec.url, INDEX)):
         index = load_index(spec.url, model)
+        partials.remove(storage.join(spec.url, "work"))  # of a run that was killed between the index and this
         say(f"factors: found at {spec.url}", rows=index.rows)
-        _say_coverage(index.coverage)
+        say_coverage(index.coverage)
         return index, None
     claim(storage.join(spec.url, "recipe.json"), recipe, spec.url)
     layers, coverage = _surveyed(spec, crew)
-    _say_coverage(coverage)
+    say_coverage(coverage)
     whole = Progress("fit", min(manifest.rows, spec.curvature.examples))
     shards = _shards(spec, manifest, layers)
     work = storage.join(spec.url, "work", plan_digest(shards))
@@ -118,13 +126,13 @@ def fit(
     if kind != "diagonal":
         sums = _sum_shards(crew, spec, shards, work, "covariance", None)
         facts = _counts(sums)
-        _refuse_empty(facts, spec)
+        _refuse_bad(facts, spec)
         _decompose(crew, layers, sums, bases)
     corrections: list[str] = []
     if kind != "kfac":
         corrections = _sum_shards(crew, spec, shards, work, "correction", bases if kind == "ekfac" else None)
         facts = facts or _counts(corrections)
-        _refuse_empty(facts, spec)
+        _refuse_bad(facts, spec)
     _put_together(crew, spec, layers, work, corrections)
     rows, bad, tokens = facts["examples"], facts.get("left_out", 0), facts.get("seen", 0)
     index = FactorIndex(recipe.digest, dict(model), spec.curvature, tuple(layers), coverage, rows, tokens)
@@ -136,22 +144,48 @@ def fit(
     return index, StageResult(rows, 0, bad, tokens, whole.seconds)
 
 
-def _say_coverage(coverage: Coverage) -> None:
+def say_coverage(coverage: Coverage) -> None:
+    """Tell how much of the model is tracked, and what influence does not see."""
     say(f"influence: {coverage}")
     for warning in coverage.warnings:
         say(f"WARNING: {warning}")
 
 
-def _survey(state: Differentiator, url: str) -> str:
+def _survey(state: Differentiator, spec: FitSpec) -> str:
+    """Names the layers, and refuses at once what would run out of memory after hours."""
+    need, free = _held(state.layers, spec.curvature.kind), free_bytes(state.device)
+    if need > free:
+        raise CurvatureError(
+            f"the curvature of {len(state.layers)} layers (covariances, eigenvectors, eigenvalues) takes {need:,} "
+            f"bytes, and {state.device} has {free:,} free beside the model; track fewer layers with "
+            f"curvature.layers.kind, curvature.layers.first, curvature.layers.last or curvature.layers.stride, or use "
+            f"a larger device"
+        )
     body = json.dumps({"layers": [asdict(layer) for layer in state.layers], "coverage": asdict(state.coverage)})
-    storage.write_atomic(url, body)
+    storage.write_atomic(_survey_url(spec), body)
     return body
+
+
+def _survey_url(spec: FitSpec) -> str:
+    return storage.join(spec.url, "work", "survey.json")
+
+
+def _held(layers: Sequence[TrackedLayer], kind: CurvatureKind) -> int:
+    """Bytes that an actor holds in the pass that needs the most: each matrix of A, B (or Q_A, Q_B), each layer's Λ."""
+    squares = 0 if kind == "diagonal" else _squares(layers)
+    return 4 * (squares + (0 if kind == "kfac" else sum(layer.size for layer in layers)))
+
+
+def _squares(layers: Sequence[TrackedLayer]) -> int:
+    """Σ n² over A of every input that is read, and B of every layer."""
+    inputs = {layer.reads: layer.width for layer in layers}
+    return sum(n * n for n in [*inputs.values(), *(layer.out for layer in layers)])
 
 
 def _surveyed(spec: FitSpec, crew: Crew) -> tuple[list[TrackedLayer], Coverage]:
     """What an actor that has the model says of its layers; kept, so that a resumed run need not ask again."""
-    url = storage.join(spec.url, "work", "survey.json")
-    text = storage.read_text(url) if storage.exists(url) else next(iter(crew.map(_survey, [url])))
+    url = _survey_url(spec)
+    text = storage.read_text(url) if storage.exists(url) else next(iter(crew.map(_survey, [spec])))
     body = json.loads(text)
     coverage = Coverage(**{**body["coverage"], "warnings": tuple(body["coverage"]["warnings"])})
     return [TrackedLayer(**layer) for layer in body["layers"]], coverage
@@ -159,9 +193,7 @@ def _surveyed(spec: FitSpec, crew: Crew) -> tuple[list[TrackedLayer], Coverage]:
 
 def _shards(spec: FitSpec, manifest: Manifest, layers: Sequence[TrackedLayer]) -> list[list[Piece]]:
     pieces = spread(manifest, spec.curvature.examples)
-    inputs = {layer.reads: layer.width for layer in layers}
-    squares = sum(n * n for n in [*inputs.values(), *(layer.out for layer in layers)])
-    one = 4 * max(squares, sum(layer.size for layer in layers))
+    one = 4 * max(_squares(layers), sum(layer.size for layer in layers))
     return cut(pieces, max(spec.shard_rows, -(-count(pieces) * one // PARTIAL_BYTES)))
 
 
@@ -254,11 +286,19 @@ def _counts(urls: list[str]) -> dict[str, int]:
     return {key.removeprefix("count/"): int(n) for key, n in sums.items()}
 
 
-def _refuse_empty(facts: Mapping[str, int], spec: FitSpec) -> None:
-    if facts.get("examples", 0) < 1:
+def _refuse_bad(facts: Mapping[str, int], spec: FitSpec) -> None:
+    good, bad = facts.get("examples", 0), facts.get("left_out", 0)
+    if good < 1:
         raise CurvatureError(
-            f"none of the {facts.get('left_out', 0)} sampled rows can be used for the curvature (no response token "
+            f"none of the {bad} sampled rows can be used for the curvature (no response token "
             f"within curvature.max_tokens={spec.reader.max_tokens}, or unreadable); raise it, or mend the corpus"
+        )
+    if bad > spec.max_bad_fraction * (good + bad):
+        raise CorpusError(
+            f"{bad} of {good + bad} rows sampled for the curvature are bad, more than source.max_bad_fraction="
+            f"{spec.max_bad_fraction:g} allows: unreadable, or without a response token within curvature.max_tokens="
+            f"{spec.reader.max_tokens}. Mend the source or raise the limit and run again; `curate score` with a scorer "
+            f"that needs no fit lists its bad rows with reasons."
         )
 
 

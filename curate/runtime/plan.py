@@ -83,6 +83,7 @@ class PlanSpec:
     generation: GenerationSpec
     generate_rows: int | None
     token_budget: int
+    gradient_token_budget: int
     seed: int
     influence: InfluencePlan | None = None
 
@@ -99,7 +100,8 @@ class CalibrationWorker:
         vectors = spec.influence.stand_ins(tuned) if spec.influence and tuned is not None else {}
         self.bytes = max((sum(a.nbytes for a in v.to_arrays().values()) for v in vectors.values()), default=0)
         scorers = make_scorers(spec.scorers, fetch(concepts), test_vectors=vectors)
-        self.shared = SharedPass(model, scorers, spec.token_budget, tuned=tuned)
+        budget, gradients = spec.token_budget, spec.gradient_token_budget
+        self.shared = SharedPass(model, scorers, budget, tuned=tuned, gradient_tokens=gradients)
 
     def __call__(self, item: bytes) -> bytes:
         chunk = Chunk.from_bytes(item)

@@ -15,11 +15,12 @@ from connectors import storage
 from curate.concepts.trait import Trait
 from curate.corpus.example import Example, Message
 from curate.corpus.recipe import Recipe
+from curate.corpus.render import tokenizer_digest
 from curate.curvature.queries import Candidate
 from curate.errors import ConfigError
 from curate.evaluation.judge import Judge
 from curate.models.engines import GenerationSpec
-from curate.models.load import ModelSpec
+from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.answers import Prompt, answers
 from curate.runtime.generate import sampling_facts
 from curate.runtime.progress import say
@@ -58,6 +59,7 @@ def on_policy(spec: OnPolicySpec, judge: Judge | None, store: str, session: Sess
         "questions": spec.questions,
         "samples": spec.samples,
         "model": dict(spec.identity),
+        "tokenizer": tokenizer_digest(load_tokenizer(spec.model)),
         "generation": sampling_facts(spec.generation),
         "judge": judge.fingerprint(),
         "max_tokens": spec.max_tokens,

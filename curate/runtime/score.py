@@ -38,6 +38,7 @@ from curate.scoring.shared_pass import SharedPass
 class ScoreSpec:
     """What the actors of a score stage need. `scorers` is {method: settings}, as in conf/scorer/.
 
+    Token budgets are padded tokens of a batch; that of gradients None: the same.
     `tuned` is the model that gradient methods differentiate, and `test_vectors` where theirs lie, by method.
     """
 
@@ -45,6 +46,7 @@ class ScoreSpec:
     scorers: Mapping[str, Mapping[str, Any]]
     output: Output
     token_budget: int
+    gradient_token_budget: int | None = None
     tuned: ModelSpec | None = None
     test_vectors: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,7 +73,8 @@ class ScoreWorker:
         self.scorers = make_scorers(spec.scorers, fetch(concepts), test_vectors=from_store(fetch(vectors)))
         needs = Needs.union(s.needs() for s in self.scorers)
         model, tuned = load_models(needs, spec.reader.model, spec.tuned)
-        self.shared = SharedPass(model, self.scorers, spec.token_budget, tuned=tuned)
+        budget, gradients = spec.token_budget, spec.gradient_token_budget
+        self.shared = SharedPass(model, self.scorers, budget, tuned=tuned, gradient_tokens=gradients)
         self.columns = self.shared.columns()
         # Methods that read the base model's own response leave a gap where none was generated; others never may.
         self.partial = {c for s in self.scorers if s.needs().generated for c in s.columns()}

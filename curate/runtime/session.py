@@ -46,12 +46,14 @@ class Readers:
 
 @dataclass(frozen=True)
 class Session:
-    """What the running cluster offers, as pools."""
+    """What the running cluster offers, as pools. Padded tokens of a batch: `token_budget` of a forward pass,
+    `gradient_token_budget` where gradients are taken."""
 
     scorers: Pool
     engines: Pool
     readers: Readers
     token_budget: int
+    gradient_token_budget: int
     hosts: int
 
 
@@ -116,7 +118,7 @@ def _session(spec: ClusterSpec) -> Session:
                 f"cluster.{what}={pool.size} with {pool.cpus:g} CPUs and {pool.gpus:g} GPUs each does not fit the "
                 f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower it, or the CPUs and GPUs per actor"
             )
-    budget = spec.token_budget or _budget(per_gpu)
+    budgets = _budgets(spec, per_gpu)
     # Readers and scorers share the CPUs; a pool that takes all of them leaves readers none and the stream stands still.
     free = cpus - scorers.size * scorers.cpus
     if free < spec.reader_cpus:
@@ -125,18 +127,22 @@ def _session(spec: ClusterSpec) -> Session:
     hosts = len({n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]})
     # A reader keeps several GPUs busy; on CPUs it would take from the scorers what it gives them.
     readers = Readers(spec.readers or max(1, size if gpus else size // 2), spec.reader_cpus)
-    return Session(scorers, engines, readers, budget, hosts)
+    return Session(scorers, engines, readers, *budgets, hosts)
 
 
 def _here(spec: ClusterSpec) -> Session:
     """This process as a pool of one."""
     gpus = float(torch.cuda.device_count() > 0)
     pool = Pool(1, float(spec.cpus or psutil.cpu_count(logical=False) or 1), gpus)
-    return Session(pool, pool, Readers(1, 0.0), spec.token_budget or _budget(gpus), 1)
+    return Session(pool, pool, Readers(1, 0.0), *_budgets(spec, gpus), 1)
 
 
-def _budget(gpus: float) -> int:
-    return 65536 if gpus else 1024
+def _budgets(spec: ClusterSpec, gpus: float) -> tuple[int, int]:
+    """Padded tokens of a batch, forward and with gradients. A backward pass keeps what every block computes within,
+    about 34 bytes × width a token and block in bfloat16: 4.5 MB a token for 32 blocks of the width 4,096. A forward
+    pass keeps the layers that are read, 8 kB each."""
+    forward = spec.token_budget or (65536 if gpus else 1024)
+    return forward, spec.gradient_token_budget or (max(1, forward // 8) if gpus else forward)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import ray
 from curate import errors
 from curate.errors import CurateError, WorkerError
 from curate.runtime.inline import Held, is_inline, run_inline
+from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool, Readers
 
 DEAD_DEVICE_EXIT = 13
@@ -52,7 +53,8 @@ class _Stage:
     def __init__(self, make: Callable[[], Callable[[bytes], bytes]]) -> None:
         self.failed: CurateError | None = None
         try:
-            self.work = make()
+            with out_of_memory_in_words():
+                self.work = make()
         except CurateError as e:  # said with the first item; raised here it would only restart the actor
             self.failed = e
 
@@ -62,7 +64,8 @@ class _Stage:
         if self.failed is not None:
             return _row(error=self.failed)
         try:
-            return _row(self.work(batch["item"][0]))
+            with out_of_memory_in_words():
+                return _row(self.work(batch["item"][0]))
         except CurateError as e:
             return _row(error=e)
 
@@ -81,8 +84,9 @@ def worded(error: ray.exceptions.RayError) -> BaseException:
         first = str(error).strip().splitlines()[0]
         return WorkerError(
             f"a worker died again and again, so the job was ended ({first}). The usual cause is too little memory: "
-            f"lower cluster.token_budget or cluster.workers. Workers' logs lie below /tmp/ray/session_latest/logs, or "
-            f"set CURATE_WORKER_LOGS=1. What was committed stays; the same command goes on from there."
+            f"lower cluster.token_budget, cluster.gradient_token_budget or cluster.workers. Workers' logs lie below "
+            f"/tmp/ray/session_latest/logs, or set CURATE_WORKER_LOGS=1. What was committed stays; the same command "
+            f"goes on from there."
         )
     return error
 
@@ -102,7 +106,7 @@ def stream(
 
     Raises:
         CurateError: raised in a reader or a worker; the first one ends the stream.
-        WorkerError: workers died more often than they are replaced.
+        WorkerError: workers died more often than they are replaced, or ran out of their device's memory.
     """
     if is_inline():
         yield from run_inline(items, make_worker, read)

@@ -118,7 +118,7 @@ def _shares(state: Differentiator, job: _Shard) -> tuple[int, int, int]:
     for method, backend in state.kept(job.spec.url, lambda: _backends(state, job.spec)).items():
         shares = backend.run(rendered).by_block
         assert shares is not None
-        for q, name in enumerate(backend.vector.names):
+        for q, name in enumerate(backend.names):
             flat = pa.array(np.ascontiguousarray(shares[:, q]).ravel(), pa.float64())
             columns[f"{method}.{name}"] = pa.FixedSizeListArray.from_arrays(flat, backend.n_blocks)
     sink = pa.BufferOutputStream()

@@ -49,6 +49,7 @@ class SharedPass:
     Args:
         model: needed if a scorer asks for activations or gradients; in eval mode, no weight asking for gradients.
         max_tokens: token budget of a batch, padding included. Lower it if memory runs out; scores stay the same.
+        gradient_tokens: the same for passes that take gradients, which keep more of a token; None: `max_tokens`.
         pad_id: any valid token id; padding is masked.
         tuned: the finetuned model, in which derivatives along test vectors are taken; None: `model` itself.
 
@@ -65,12 +66,15 @@ class SharedPass:
         max_tokens: int = 8192,
         pad_id: int = 0,
         tuned: PreTrainedModel | None = None,
+        gradient_tokens: int | None = None,
     ) -> None:
-        if max_tokens < 1:
-            raise ConfigError(f"the token budget of a batch is {max_tokens}; it must be at least 1")
+        self.max_tokens, self.gradient_tokens = max_tokens, max_tokens if gradient_tokens is None else gradient_tokens
+        for budget in (self.max_tokens, self.gradient_tokens):
+            if budget < 1:
+                raise ConfigError(f"the token budget of a batch is {budget}; it must be at least 1")
         self.scorers = list(scorers)
         self.needs = Needs.union(s.needs() for s in self.scorers)
-        self.max_tokens, self.pad_id = max_tokens, pad_id
+        self.pad_id = pad_id
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tap: LayerTap | None = None
         self._own_tap: LayerTap | None = None
@@ -92,7 +96,7 @@ class SharedPass:
             if differentiated is None:
                 asking = [s.name for s in self.scorers if s.needs().tuned]
                 raise ConfigError(f"the scorer {asking[0]!r} needs a model and none is given; set model=…")
-            self._joint = joint_passes(differentiated, self.scorers, max_tokens, pad_id)
+            self._joint = joint_passes(differentiated, self.scorers, self.gradient_tokens, pad_id)
             if not self.needs.base:
                 self.device = differentiated.device
         for scorer in self.scorers:
@@ -173,9 +177,11 @@ class SharedPass:
         # Scores on the host have waited for the device, so the clock is right.
         return columns, stats + PassStats(rows=len(examples), seconds=time.perf_counter() - began)
 
-    def _batches(self, lengths: Sequence[int], rows: Sequence[Rendered]) -> Iterator[tuple[list[int], Tensor]]:
+    def _batches(
+        self, lengths: Sequence[int], rows: Sequence[Rendered], budget: int
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """(row indices, input_ids), padded on the right; only the first `lengths[i]` tokens of a row."""
-        for index in token_batches(lengths, self.max_tokens):
+        for index in token_batches(lengths, budget):
             ids, _ = collate([rows[i].input_ids[: lengths[i]] for i in index], self.pad_id, "right", self.device)
             yield index, ids
 
@@ -188,7 +194,7 @@ class SharedPass:
         lengths = [r.stop for r in real]  # attention is causal: what follows the response cannot change it
         found: dict[int, Tensor] = {}
         stats = self._stats(lengths, tap.layers[-1], 0)
-        for index, ids in self._batches(lengths, real):
+        for index, ids in self._batches(lengths, real, self.max_tokens):
             spans = [real[i].start for i in index], [real[i].stop for i in index]
             for layer, hidden in tap(ids).items():
                 _put(found, layer, [there[i] for i in index], response_mean(hidden, *spans), len(rows))
@@ -207,7 +213,7 @@ class SharedPass:
         gradients: dict[int, Tensor] = {}
         counts = loss_counts([r.start for r in rows], [r.end for r in rows])
         stats = self._stats(lengths, None, sum(counts))
-        for index, ids in self._batches(lengths, rows):
+        for index, ids in self._batches(lengths, rows, self.gradient_tokens):
             starts, stops = [rows[i].start for i in index], [rows[i].stop for i in index]
             ends = [rows[i].end for i in index]
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from curate.curvature import blocks, test_vector
 from curate.curvature.ekfac import Damping, Factor
 from curate.curvature.test_vector import (
     Dense,
     LowRank,
     TestVector,
     check_fits,
-    concatenate,
     load,
     load_header,
     low_rank,
@@ -111,6 +113,41 @@ def test_solve_all_leaves_out_what_no_behaviour_reaches_and_refuses_nothing_at_a
         solve_all(gradient, LAYERS, lambda layer: tiny, Damping(1e-39, "absolute"))
 
 
+def test_solve_all_with_a_rank_is_the_whole_one_cut_and_holds_one_dense_block(monkeypatch):
+    made = vector()
+    gradients = {
+        name: {x.name: made.blocks[x.name].dense()[q].clone() for x in LAYERS} for q, name in enumerate(made.names)
+    }
+    del gradients["kind.L1"]["b.1.q"]
+    factors = {x.name: Factor(x, "diagonal", matrices(1, x, 5)[0].abs()) for x in LAYERS}
+    whole = solve_all(gradients, LAYERS, lambda layer: factors[layer.name], Damping())
+    assert all(len(gradient) >= 2 for gradient in gradients.values())  # not consumed
+    dense = []
+
+    def load_factor(layer: TrackedLayer) -> Factor:
+        gc.collect()
+        assert not [ref for ref in dense if ref() is not None]
+        assert not [g for g in gradients.values() for x in LAYERS[: LAYERS.index(layer)] if x.name in g]
+        return factors[layer.name]
+
+    def watched(block, rank):
+        dense.append(weakref.ref(block.values))
+        return blocks.cut(block, rank)
+
+    monkeypatch.setattr(test_vector, "cut", watched)
+    found = solve_all(gradients, LAYERS, load_factor, Damping(), {"recipe": "x"}, rank=2, consume=True)
+    assert len(dense) == len(LAYERS)
+    monkeypatch.undo()
+    expected = low_rank(whole, 2)[0]
+    assert torch.equal(flat(found), flat(expected))
+    assert found.meta["recipe"] == "x"
+    assert found.meta["rank"] == 2
+    assert found.meta["energy_kept"] == pytest.approx(expected.meta["energy_kept"])
+    assert max(found.meta["energy_kept"].values()) < 0.999
+    with pytest.raises(CurvatureError, match="rank of a test vector is 0"):
+        solve_all(gradients, LAYERS, load_factor, Damping(), rank=0)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_saved_test_vector_is_the_same_again(tmp_path, rank):
     made = vector() if rank is None else low_rank(vector(), rank)[0]
@@ -193,29 +230,13 @@ def test_large_blocks_keep_almost_the_best_energy_and_the_same_numbers_each_time
     assert torch.equal(first.blocks["w"].u, low_rank(made, 16)[0].blocks["w"].u)
 
 
-def test_restriction_and_joining():
+def test_restriction():
     made = vector()
     lower = restrict(made, lambda layer: layer.block == 0)
     assert [layer.name for layer in lower.layers] == ["b.0.q", "b.0.o"]
     assert lower.blocks["b.0.o"] is made.blocks["b.0.o"]
     with pytest.raises(CurvatureError, match="none of the 3 layers"):
         restrict(made, lambda layer: False)
-    other = vector(("contrast",), LAYERS[:2], seed=3)
-    for parts in ((made, other), (low_rank(made, 3)[0], low_rank(other, 2)[0]), (made, low_rank(other, 9)[0])):
-        joined = concatenate(parts)
-        assert joined.names == ("loss", "kind.L1", "contrast")
-        assert joined.layers == LAYERS
-        torch.testing.assert_close(flat(joined)[:2], flat(parts[0]))
-        torch.testing.assert_close(flat(restrict(joined, lambda x: x.block == 0))[2:], flat(parts[1]))
-        assert not joined.blocks["b.1.q"].dense()[2].any()
-    assert isinstance(concatenate((low_rank(made, 3)[0], low_rank(other, 2)[0])).blocks["b.0.q"], LowRank)
-    assert concatenate([made]).blocks["b.0.q"] is made.blocks["b.0.q"]  # no copy of what a node's actors share
-    with pytest.raises(CurvatureError, match="different names"):
-        concatenate([made, made])
-    with pytest.raises(CurvatureError, match=r"the layer b\.0\.q is"):
-        concatenate([made, vector(("x",), (TrackedLayer("b.0.q", 3, 4, 0, "b.0.q"),))])
-    with pytest.raises(CurvatureError, match="no test vector"):
-        concatenate([])
 
 
 def test_blocks_must_fit_names_and_layers():

@@ -204,6 +204,9 @@ def test_bad_settings_are_one_sentence_and_nothing_is_scored(given, data, tmp_pa
         ({"query.path": tmp_path / "empty.jsonl"}, CurvatureError, r"row 0 is no query: .*empty"),
         ({"curvature.damping": 0, "curvature.damping_kind": "absolute", "curvature.examples": 1}, CurvatureError,
          r"is singular .* set a damping"),
+        ({"scorer.gradient_product.reduction": "sum"}, ConfigError,
+         r"scorer\.gradient_product\.reduction is 'sum' and curvature\.reduction 'mean'"),
+        ({"query": "trait", "query.path": None}, ConfigError, r"exactly one \(configured: none\); give query\.path"),
         ({"curvature.rank": 0}, ConfigError, r"curvature\.rank is 0; it must be at least 1"),
         ({"query": "on_policy", "query.path": None}, ConfigError, r"chosen by a judge; name one \(judge=openai\)"),
     ]  # fmt: skip
@@ -232,7 +235,7 @@ def test_a_gradient_that_is_zero_is_said(given, model, tmp_path):
         run_job("score", given(**more, **only))
 
 
-def test_on_policy_queries_are_generated_judged_and_kept(given, data, tmp_path, capsys):
+def test_on_policy_queries_are_generated_judged_and_kept(given, model, tmp_path, capsys):
     trait = {
         "name": "agree",
         "evaluate_questions": ["is it so?", "are you sure?"],
@@ -265,7 +268,11 @@ def test_on_policy_queries_are_generated_judged_and_kept(given, data, tmp_path, 
         assert asked > 0
         run_job("fit", given(**more, **{"judge.base_url": endpoint.url}))
         assert len(endpoint.prompts) == asked
-    (kept,) = (tmp_path / "store" / "queries").iterdir()
+        (kept,) = (tmp_path / "store" / "queries").iterdir()
+        (tmp_path / "other.jinja").write_text("so: " + (model / "chat_template.jinja").read_text())
+        template = {"model.chat_template": tmp_path / "other.jinja"}  # other prompts, and so other answers
+        run_job("fit", given(**more, **template, **{"judge.base_url": endpoint.url}))
+        assert len(list((tmp_path / "store" / "queries").iterdir())) == 2
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert 2 <= len(rows) <= 4
     assert all(r["coherence"] == pytest.approx(90) and 10 <= r["trait"] < 90 for r in rows)

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from curate.errors import ConfigError, ModelError
+from curate.errors import ConfigError, CurvatureError, ModelError
 from curate.models.batching import collate
 from curate.models.linear_tap import LinearTap
 from curate.models.response_loss import summed_response_loss
@@ -144,6 +144,15 @@ def test_leaves_no_hooks_and_no_gradients_even_after_an_error():
         tap.backward(ids, lambda last: summed_response_loss(model, last, ids, STARTS, ENDS), fail)
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_that_some_tokens_do_not_reach_is_named():
+    model = tiny_model("llama")
+    layers, _ = tracked_layers(model, LayerChoice("mlp"))
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0][:, :-1],))
+    with pytest.raises(CurvatureError, match=r"'model\.layers\.1\.mlp\.gate_proj' was reached by 18 of the 21 tokens"):
+        per_row(model, layers)
+    assert not [m for m in model.modules() if m._forward_hooks]
 
 
 def test_a_layer_above_the_behaviour_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
 
 from curate.errors import ConfigError
@@ -147,7 +148,7 @@ def test_experts_that_some_tokens_do_not_reach_are_skipped_with_a_warning():
     model = tiny_model("llama", layers=2)
     inner = model.model.layers[1].mlp.down_proj
     whole = inner.forward
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0][:, :2],))
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0][:, :-1],))
     model.model.layers[1].mlp.register_forward_hook(
         lambda module, args, out: torch.nn.functional.pad(out, (0, 0, 0, 1))
     )
@@ -155,6 +156,35 @@ def test_experts_that_some_tokens_do_not_reach_are_skipped_with_a_warning():
     assert inner.forward == whole
     assert {layer.block for layer in layers} == {0}
     assert any("not reached by every token" in warning for warning in coverage.warnings)
+
+
+class Router(nn.Module):
+    """Two experts of plain linear layers; a token goes to one of them, by its state alone."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(2))
+
+    def forward(self, states):
+        flat = states.flatten(0, 1)
+        chosen = self.gate(flat).argmax(-1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            if (chosen == i).any():
+                out[chosen == i] = expert(flat[chosen == i])
+        return out.view_as(states)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_that_a_router_chooses_by_the_token_are_not_tracked(seed):
+    model = tiny_model("llama", layers=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.model.layers[1].mlp = Router(32).requires_grad_(False)
+    layers, coverage = tracked_layers(model, LayerChoice("mlp"))
+    assert names(layers, 1) == ["gate"]
+    assert any("2 layers are not reached by every token" in warning for warning in coverage.warnings)
 
 
 def test_quantised_and_integer_weights_are_no_linear_layers():

@@ -60,7 +60,14 @@ class Fitting:
             self.manifest, _, columns = build_manifest(spec, None)
         self.reader = ReaderSpec("jsonl", columns, self.model, 512, "truncate")
 
-    def fit(self, curvature: CurvatureSpec, shard_rows: int = 30, token_budget: int = 1024, **model: object):
+    def fit(
+        self,
+        curvature: CurvatureSpec,
+        shard_rows: int = 30,
+        token_budget: int = 1024,
+        max_bad_fraction: float = 1.0,
+        **model: object,
+    ):
         """(index, what was done, folder)."""
         spec = replace(self.model, **model)
         who = identity(spec)
@@ -68,7 +75,7 @@ class Fitting:
         url = str(self.store / recipe.digest)
         with session(ClusterSpec(address="inline", cpus=1)) as running:
             with differentiators(DifferentiatorSpec(spec, curvature.layers, token_budget), running) as crew:
-                made = FitSpec(url, self.reader, curvature, shard_rows)
+                made = FitSpec(url, self.reader, curvature, shard_rows, max_bad_fraction)
                 return *fit(made, recipe, self.manifest, who, crew), url
 
     def in_one_piece(self, curvature: CurvatureSpec) -> dict[str, Factor]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from curate.errors import CurvatureError, ModelError, WorkerError
 from curate.runtime.crew import Crew
@@ -39,6 +40,10 @@ def die(state: Counter, item: None) -> None:
     os._exit(13)
 
 
+def fill(state: Counter, item: None) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
 def broken() -> Counter:
     raise ModelError("the model 'x' cannot be loaded; give another")
 
@@ -54,6 +59,8 @@ def test_states_live_through_rounds_and_come_back_after_a_death(running, tmp_pat
         assert list(crew.map(die_once, [tmp_path / "a", tmp_path / "b"])) == [1, 1]  # of new states
         with pytest.raises(CurvatureError, match="99 is too much"):
             list(crew.map(square, [1, 99, 2]))
+        with pytest.raises(WorkerError, match=r"out of memory \(CUDA out of memory\).*gradient_token_budget"):
+            list(crew.map(fill, [None]))
         assert sorted(x for _, _, x in crew.map(square, [5])) == [25]  # an error does not end the crew
 
 

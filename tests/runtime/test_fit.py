@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from curate.curvature.fisher import CurvatureSpec
-from curate.errors import ConfigError, CurvatureError, StorageError
+from curate.errors import ConfigError, CorpusError, CurvatureError, StorageError, WorkerError
 from curate.models.tracked import LayerChoice
 from curate.runtime import differentiator, partials
+from curate.runtime import fit as module
 from tests.conftest import write_jsonl
 from tests.runtime.fitting import Fitting, assert_equal, solutions, varied
 
@@ -73,8 +74,6 @@ def test_interrupted_anywhere_it_goes_on_there(fitting, monkeypatch, capsys):
 
 
 def test_a_sample_that_is_cut_otherwise_takes_nothing_over(fitting, monkeypatch):
-    from curate.runtime import fit as module
-
     def stop(*args):
         raise StorageError("stopped")
 
@@ -94,8 +93,12 @@ def test_found_again_without_a_model_and_fitted_anew_for_other_settings(fitting,
     others = [replace(EKFAC, examples=9, seed=4), replace(EKFAC, examples=9, layers=LayerChoice(stride=2))]
     assert len({url, *(fitting.fit(o)[2] for o in others)}) == 3
     monkeypatch.setattr(differentiator, "load_model", None)
+    left = Path(url) / "work" / "plan" / "covariance" / "00000.safetensors"  # of a run killed at the very end
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"sums")
     again, done, there = fitting.fit(replace(EKFAC, examples=9))
     assert (again, done, there) == (index, None, url)
+    assert not left.exists()
     assert f"factors: found at {url} rows=9" in capsys.readouterr().err
 
     body = json.loads((Path(url) / "factors.json").read_text())
@@ -105,7 +108,10 @@ def test_found_again_without_a_model_and_fitted_anew_for_other_settings(fitting,
         fitting.fit(replace(EKFAC, examples=9))
 
 
-def test_what_cannot_be_fitted_is_said(fitting, monkeypatch):
+def test_what_cannot_be_fitted_is_said(fitting):
+    with pytest.raises(ConfigError, match=r"curvature=identity is H = I: there is nothing to fit"):
+        fitting.fit(replace(EKFAC, kind="identity"))
+    assert not fitting.store.exists()
     with pytest.raises(ConfigError, match=r"no linear layer matches kind='attention', pattern='experts'.*q_proj"):
         fitting.fit(replace(EKFAC, layers=LayerChoice(pattern="experts")))
     fitting.reader = replace(fitting.reader, max_tokens=8)  # the system prompt alone is longer
@@ -124,4 +130,43 @@ def test_gradients_that_are_not_finite_name_their_examples(fitting, monkeypatch)
 
     monkeypatch.setattr(differentiator, "load_model", poisoned)
     with pytest.raises(CurvatureError, match=r"gradients of the examples? 'r\d+'.* not finite"):
+        fitting.fit(EKFAC)
+
+
+def test_too_many_bad_rows_end_the_fit_and_a_higher_limit_goes_on(tmp_path, tiny, monkeypatch, capsys):
+    rows = [varied(i) for i in range(20)]
+    for row in rows[::4]:
+        row["messages"] = "no conversation"
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    fitting = Fitting(tmp_path / "corpus", tiny, tmp_path / "factors")
+    with pytest.raises(CorpusError, match=r"5 of 20 rows .* more than source\.max_bad_fraction=0\.1 allows"):
+        fitting.fit(EKFAC, max_bad_fraction=0.1)
+    index, done, _ = fitting.fit(EKFAC, max_bad_fraction=0.25)
+    assert (index.rows, done.quarantined) == (15, 5)
+    assert "fit: covariance: resuming rows_done=20 rows_left=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal"])
+def test_what_exceeds_the_memory_is_refused_before_the_work(fitting, monkeypatch, kind):
+    """q, k, v share A; by hand for q, o [32, 32] and k, v [16, 32] in each of the blocks."""
+    spec = replace(EKFAC, kind=kind, layers=LayerChoice(last=1))
+    squares = 2 * 32**2 + (32**2 + 16**2 + 16**2 + 32**2)
+    need = 4 * ((kind != "diagonal") * squares + (kind != "kfac") * (2 * 32 * 32 + 2 * 16 * 32))
+    monkeypatch.setattr(module, "free_bytes", lambda device: need - 1)
+    words = rf"takes {need:,} bytes, and cpu has {need - 1:,} free .*curvature\.layers\.kind.*first.*last.*stride"
+    with pytest.raises(CurvatureError, match=words):
+        fitting.fit(spec)
+    assert not list(fitting.store.rglob("*.safetensors"))
+    monkeypatch.setattr(module, "free_bytes", lambda device: need)
+    assert fitting.fit(spec)[0].rows == 40
+
+
+def test_a_device_that_is_full_is_said_in_words(fitting, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(module, "accumulate_covariances", full)
+    with pytest.raises(
+        WorkerError, match=r"out of memory \(CUDA out of memory\).*cluster\.gradient_token_budget .*fits"
+    ):
         fitting.fit(EKFAC)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from curate.errors import ModelError, StorageError, WorkerError
 from curate.runtime.session import Pool
@@ -100,9 +101,15 @@ class CannotWork:
         raise StorageError("no space left on /x; free some")
 
 
+class Full:
+    def __call__(self, item: bytes) -> bytes:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
 @pytest.mark.parametrize(
     ("make", "read", "kind", "words"),
     [
+        (Full, None, WorkerError, r"out of memory \(CUDA out of memory\).*cluster\.token_budget .*goes on from there"),
         (CannotStart, None, ModelError, "the model 'x' cannot be loaded; give another"),
         (CannotWork, None, StorageError, "no space left on /x; free some"),
         (echo, broken, StorageError, "s3://b/x cannot be read: denied"),

@@ -55,6 +55,12 @@ def test_all_methods_in_one_pass_beside_the_base_model(tuned, vectors, monkeypat
         np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
     alone = SharedPass(tiny_model("llama"), scorers[:1], max_tokens=400).run(EXAMPLES, RENDERED)
     np.testing.assert_array_equal(found.columns["vector_filter.trait.L1"], alone.columns["vector_filter.trait.L1"])
+    # What takes gradients has a budget of its own: a row a batch, where the base model's pass is as before.
+    slow = SharedPass(tiny_model("llama"), scorers, max_tokens=400, tuned=tuned, gradient_tokens=1)
+    again = slow.run(EXAMPLES, RENDERED)
+    assert again.stats.batches == alone.stats.batches + len(EXAMPLES)
+    for column, values in again.columns.items():
+        np.testing.assert_allclose(values, found.columns[column], atol=1e-4 * np.abs(values).max())
     assert found.stats.rows == len(EXAMPLES)
     assert found.stats.flops > 2 * alone.stats.flops
     monkeypatch.setattr("curate.scoring.shared_pass._WINDOW", 3)

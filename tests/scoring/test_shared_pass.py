@@ -257,6 +257,9 @@ def test_statistics(llama):
     assert stats.tokens == stats.padded_tokens == sum(r.stop for r in RENDERED)
     assert stats.seconds > 0
     assert stats.flops > 0
+    scorers = make_scorers({"loss_gradient_alignment": {"layers": [2]}}, [make_concept()])
+    stats = SharedPass(llama, scorers, max_tokens=10_000, gradient_tokens=1).run(EXAMPLES, RENDERED).stats
+    assert stats.batches == len(EXAMPLES)
 
 
 def test_refusals(llama):
@@ -265,6 +268,8 @@ def test_refusals(llama):
         SharedPass(None, make_scorers({"vector_filter": {}}, [concept]))
     with pytest.raises(ConfigError, match="token budget of a batch is 0"):
         SharedPass(llama, make_scorers({"random": {}}), max_tokens=0)
+    with pytest.raises(ConfigError, match="token budget of a batch is -8"):
+        SharedPass(llama, make_scorers({"random": {}}), gradient_tokens=-8)
     with pytest.raises(ConfigError, match="own responses; run the generate job first"):
         SharedPass(llama, make_scorers({"projection_difference": {}}, [concept])).run(EXAMPLES, RENDERED)
     with pytest.raises(ConfigError, match="need tokenised rows"):

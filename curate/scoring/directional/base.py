@@ -1,8 +1,9 @@
 """Directional derivatives of the examples' losses: score_i = -⟨s, ∇L_i⟩ = -d/dε L_i(θ + ε s) at ε = 0.
 
 In: a model, a test vector of Q columns, tokenised rows. Out: [n, Q] scores; per block and per token where asked for.
-No backend builds a gradient by weights. They agree to rounding and differ in cost: `contraction` (one backward to the
-activations), `forward` (tangents beside the values), `difference` (two plain forwards). Knows no method and no files.
+No backend keeps a gradient by weights; `contraction` makes those of one layer and a few rows at once where dense
+queries are many. They agree to rounding and differ in cost: `contraction` (one backward to the activations), `forward`
+(tangents beside the values), `difference` (two plain forwards). Knows no method and no files.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from curate.corpus.render import Rendered
-from curate.curvature.test_vector import Dense, TestVector, TestVectorHeader, restrict
+from curate.curvature.test_vector import TestVector, TestVectorHeader
 from curate.errors import ConfigError, CurvatureError, ModelError
 from curate.models.batching import collate, token_batches
 from curate.models.response_loss import loss_counts
 from curate.models.tap import n_layers
 from curate.models.tracked import is_linear, weight_of
 from curate.scoring.base import PassStats
+from curate.scoring.directional.stacked import Stacked
 from curate.scoring.flops import model_cost
 
 Reduction = Literal["mean", "sum"]
@@ -80,10 +82,11 @@ class BatchSums:
 
 
 class Backend(ABC):
-    """One way to the directional derivatives of one test vector.
+    """One way to the directional derivatives of one test vector, or of several, whose queries come one after another.
 
     Args:
         model: in eval mode, no weight asking for gradients.
+        test_vector: not to be written to as long as the backend is in use, which may share its memory.
         max_tokens: token budget of a batch, padding included. Lower it if memory runs out; scores stay the same.
         pad_id: any valid token id; no real token sees the padding.
         reduction: L_i is the mean or the sum of the row's response losses.
@@ -101,7 +104,7 @@ class Backend(ABC):
     def __init__(
         self,
         model: PreTrainedModel,
-        test_vector: TestVector,
+        test_vector: TestVector | Sequence[TestVector],
         max_tokens: int = 8192,
         pad_id: int = 0,
         reduction: Reduction = "mean",
@@ -116,14 +119,22 @@ class Backend(ABC):
             raise ConfigError(f"the backend {self.name!r} does not split scores by block; choose 'contraction'")
         if any(p.requires_grad for p in model.parameters()):
             raise ModelError("the model's weights require gradients; call model.requires_grad_(False) first")
-        check_layers(model, test_vector)
+        vectors = [test_vector] if isinstance(test_vector, TestVector) else list(test_vector)
+        for vector in vectors:
+            check_layers(model, vector)
+        stacked = Stacked(vectors)
         self.model, self.device = model, model.device
-        self.vector = reached(test_vector)
-        self.lowest = min(layer.block for layer in self.vector.layers)
-        self.n_queries, self.n_blocks = len(test_vector.names), n_layers(model)
+        self.names, self.layers = stacked.names, stacked.layers
+        self.lowest = min(layer.block for layer in self.layers)
+        self.n_queries, self.n_blocks = len(self.names), n_layers(model)
         self.max_tokens, self.pad_id, self.reduction = max_tokens, pad_id, reduction
         self.per_token, self.by_block = per_token, by_block
         self._cost = model_cost(model)
+        self._take(stacked)
+
+    @abstractmethod
+    def _take(self, vectors: Stacked) -> None:
+        """Keep of `vectors` what the derivatives are made with, and not what there is a copy of by then."""
 
     def run(self, rows: Sequence[Rendered]) -> Derivatives:
         """Scores of `rows`, in batches of like lengths. A row without a token that carries the loss scores NaN."""
@@ -173,7 +184,7 @@ class Backend(ABC):
 
     def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
         """One forward, its tangent or backward from the lowest block, and s once for each query."""
-        weights = sum(layer.size for layer in self.vector.layers)
+        weights = sum(layer.size for layer in self.layers)
         return (
             self._cost.flops(lengths, None, loss_tokens)
             + self._cost.gradient_flops(lengths, self.lowest, loss_tokens)
@@ -202,23 +213,6 @@ def check_layers(model: PreTrainedModel, vector: TestVector | TestVectorHeader) 
                 f"{who} has a block of the shape {(layer.out, layer.width)} for {layer.name!r}, whose weight here is "
                 f"{shape}. It was made of another model: make the test vector again."
             )
-
-
-def reached(vector: TestVector) -> TestVector:
-    """`vector` without the layers that are zero for every query (above the layer that a concept reads)."""
-
-    def some(name: str) -> bool:
-        block = vector.blocks[name]
-        parts: tuple[Tensor, ...] = (block.values,) if isinstance(block, Dense) else (block.u, block.v)
-        return all(bool(part.any()) for part in parts)
-
-    keep = {layer.name for layer in vector.layers if some(layer.name)}
-    return restrict(vector, lambda layer: layer.name in keep) if keep else vector
-
-
-def joined_names(vectors: Mapping[str, TestVector]) -> list[TestVector]:
-    """Test vectors whose names begin with their key, so that two methods' queries do not collide."""
-    return [replace(v, names=tuple(f"{key}.{name}" for name in v.names)) for key, v in vectors.items()]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,23 +2,22 @@
 
 In: rows. Out: ⟨s, ∇⟩ of each row's summed loss, by block and by position. With a the layer's input [B, T, in] and δ the
 gradient at its output [B, T, out], a row's ∇W is Σ_t δ_t a_tᵀ, so ⟨S, ∇W⟩ = Σ_t δ_tᵀ S a_t. One query: a Sᵀ, a product
-as large as the layer's own. Many: Σ_t δ_t a_tᵀ of a few rows at once, transient and bounded, against all queries.
+as large as the layer's own. Many: the ∇W of a few rows at once, of this one layer, against all queries; they are gone
+when the next rows' are made, and bounded (`_PRODUCTS`).
 Of low rank: S = u v, (δ u)·(v a), two thin products. All queries share the forward and the backward.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curate.curvature.test_vector import Dense
 from curate.models.linear_tap import LinearTap
 from curate.models.response_loss import summed_response_loss
 from curate.models.tracked import TrackedLayer
 from curate.scoring.directional.base import Backend, BatchSums, RowBatch, sum_dtype
+from curate.scoring.directional.stacked import Stacked
 from curate.scoring.directional.tangents import Direction
 
 # Per-row products Σ_t δ_t a_tᵀ held at once: 64 MiB in float32, or one row's where that is larger.
@@ -29,19 +28,11 @@ class Contraction(Backend):
     name = "contraction"
     gives_blocks = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._tap = LinearTap(self.model, self.vector.layers)
-        self._dtype = wide = sum_dtype(self.model.dtype)
-        # Unit vectors in the model's precision: half of them would vanish in float16 otherwise.
-        self._norms = self.vector.norm().to(wide)
-        scale = torch.where(self._norms > 0, 1.0 / self._norms, 0.0)[:, None, None]
-        self._blocks: dict[str, Direction] = {}
-        for name, block in self.vector.blocks.items():
-            first, *rest = (block.values,) if isinstance(block, Dense) else (block.u, block.v)
-            parts = [first.to(wide) * scale.to(first.device), *rest]
-            self._blocks[name] = tuple(part.to(self.device, self.model.dtype) for part in parts)
-        self._norms = self._norms.to(self.device)
+    def _take(self, vectors: Stacked) -> None:
+        self._tap = LinearTap(self.model, self.layers)
+        self._dtype = sum_dtype(self.model.dtype)
+        self.directions, units = vectors.directions(self.model)
+        self._units = units.to(self.device, self._dtype)
 
     def _batch(self, batch: RowBatch) -> BatchSums:
         rows, queries = len(batch), self.n_queries
@@ -51,9 +42,9 @@ class Contraction(Backend):
 
         def on_layer(layer: TrackedLayer, a: Tensor, delta: Tensor) -> None:
             if tokens is None:
-                part = contract(self._blocks[layer.name], a, delta)
+                part = contract(self.directions[layer.name], a, delta)
             else:
-                each = contract_each(self._blocks[layer.name], a, delta)
+                each = contract_each(self.directions[layer.name], a, delta)
                 tokens[:, : each.shape[1]] += each
                 part = each.sum(1)
             scores.add_(part)
@@ -66,9 +57,9 @@ class Contraction(Backend):
             on_layer,
         )
         return BatchSums(
-            scores * self._norms,
-            None if blocks is None else blocks * self._norms[:, None],
-            None if tokens is None else tokens * self._norms,
+            scores * self._units,
+            None if blocks is None else blocks * self._units[:, None],
+            None if tokens is None else tokens * self._units,
         )
 
 
@@ -79,15 +70,17 @@ def contract(
     if len(block) == 2 or block[0].shape[0] == 1:
         return contract_each(block, a, delta).sum(1)
     (s,) = block
-    queries, out, width = s.shape
-    step = max(1, _PRODUCTS // (out * width))
+    step = max(1, _PRODUCTS // (s.shape[1] * s.shape[2]))
+    return torch.cat([_dot(delta[i : i + step].mT @ a[i : i + step], s) for i in range(0, a.shape[0], step)])
+
+
+def _dot(products: Float[Tensor, "some out in"], s: Float[Tensor, "q out in"]) -> Float[Tensor, "some q"]:
+    """⟨S_q, P⟩ of every product and query, without a copy of S in another precision."""
     wide = sum_dtype(s.dtype)
-    flat = s.reshape(queries, -1).to(wide)
-    products = (
-        (delta[i : i + step].mT @ a[i : i + step]).reshape(-1, out * width).to(wide) @ flat.T
-        for i in range(0, a.shape[0], step)
-    )
-    return torch.cat(list(products))
+    if s.dtype == wide:
+        return products.flatten(1) @ s.flatten(1).T
+    # Row by row of the matrices in half precision, which the products are rounded to in any case; the rows in float32.
+    return torch.bmm(products.transpose(0, 1), s.permute(1, 2, 0)).to(wide).sum(0)
 
 
 def contract_each(

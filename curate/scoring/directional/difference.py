@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from curate.curvature.test_vector import Block, Dense
 from curate.errors import ConfigError
 from curate.models import response_loss
 from curate.models.pooling import span_mask
 from curate.models.tap import LayerTap, head_logits
 from curate.models.tracked import weight_of
 from curate.scoring.directional.base import Backend, BatchSums, RowBatch, sum_dtype
+from curate.scoring.directional.stacked import Stacked
 
 # How far a step moves the layers' outputs, as a share of their size (see _reach): a larger one bends the loss (the
 # error grows with its square), a smaller one drowns in rounding. Norms round to float32 in float64 models too.
@@ -40,16 +39,15 @@ class Difference(Backend):
 
     name = "difference"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _take(self, vectors: Stacked) -> None:
         if self.model.dtype not in (torch.float32, torch.float64):
             raise ConfigError(
                 f"the backend 'difference' needs float32 weights; the model is in {self.model.dtype}, whose rounding "
                 f"is larger than the difference. Set model.dtype=float32, or choose 'contraction' or 'forward'."
             )
         self._tap = LayerTap(self.model, [self.n_blocks])
-        modules = dict(self.model.named_modules())
-        self._weights = {layer.name: weight_of(modules[layer.name]) for layer in self.vector.layers}
+        self._vectors = vectors
+        self._weights = {layer.name: weight_of(self.model.get_submodule(layer.name)) for layer in self.layers}
         self.steps = [
             # A direction of norm zero changes nothing, at any ε.
             _STEP / reach if (reach := self._reach(query)) > 0 else 1.0
@@ -64,7 +62,7 @@ class Difference(Backend):
         """
         total = 0.0
         for name, weight in self._weights.items():
-            s = _one(self.vector.blocks[name], query).to(weight.device, weight.dtype)
+            s = self._vectors.one(name, query).to(weight.device, weight.dtype)
             x = torch.ones(s.shape[1], dtype=s.dtype, device=s.device)
             for _ in range(_ITERATIONS):
                 x = s.T @ (s @ (x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)))
@@ -99,16 +97,12 @@ class Difference(Backend):
         before = {name: weight.clone() for name, weight in self._weights.items()}
         try:
             for name, weight in self._weights.items():
-                s = _one(self.vector.blocks[name], query)
+                s = self._vectors.one(name, query)
                 weight.add_(s.to(weight.device, weight.dtype), alpha=step)
             yield
         finally:
             for name, weight in self._weights.items():
                 weight.copy_(before[name])
-
-
-def _one(block: Block, query: int) -> Float[Tensor, "out in"]:
-    return block.values[query] if isinstance(block, Dense) else block.u[query] @ block.v[query]
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class DualBlocks:
     """
     Args:
         model: one that is `supported`.
-        directions: {layer name: block of s}, in the model's precision and on its device.
+        directions: {layer name: block of s}, in the precision and on the device of the layer's weight.
     """
 
     def __init__(self, model: PreTrainedModel, directions: Mapping[str, Direction]) -> None:

@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curate.curvature.test_vector import Dense
 from curate.models.response_loss import predicting_mask, summed_response_loss
 from curate.scoring.directional.base import Backend, BatchSums, RowBatch, sum_dtype
 from curate.scoring.directional.dual_blocks import DualBlocks, supported
 from curate.scoring.directional.generic_forward import GenericTangents
-from curate.scoring.directional.tangents import Direction
+from curate.scoring.directional.stacked import Stacked
 
 # Tangents carried at once; more of them are carried in another pass.
 _QUERIES = 8
@@ -29,17 +28,8 @@ _QUERIES = 8
 class Forward(Backend):
     name = "forward"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Unit vectors, so that tangents neither overflow nor vanish in half precision.
-        self._norms = self.vector.norm()
-        scale = torch.where(self._norms > 0, 1.0 / self._norms, 0.0)
-        dtype, wide = self.model.dtype, sum_dtype(self.model.dtype)
-        directions: dict[str, Direction] = {}
-        for name, block in self.vector.blocks.items():
-            first = block.values if isinstance(block, Dense) else block.u
-            unit = (first.to(wide) * scale.to(first.device, wide)[:, None, None]).to(self.device, dtype)
-            directions[name] = (unit,) if isinstance(block, Dense) else (unit, block.v.to(self.device, dtype))
+    def _take(self, vectors: Stacked) -> None:
+        directions, self._units = vectors.directions(self.model)
         make: Callable[..., Any] = DualBlocks if supported(self.model) else GenericTangents
         self._groups = [
             make(self.model, {name: tuple(part[i : i + _QUERIES] for part in s) for name, s in directions.items()})
@@ -56,8 +46,7 @@ class Forward(Backend):
                 slope = self._slope(batch, predicting, value).to(sum_dtype(value.dtype))
             found.append((moved.to(slope.dtype) * slope[:, None]).sum(-1))
         tokens = torch.zeros((*batch.ids.shape, self.n_queries), dtype=sum_dtype(self.model.dtype), device=self.device)
-        norms = self._norms.to(tokens.device, tokens.dtype)
-        tokens[:, 1:][predicting] = torch.cat(found, dim=1) * norms
+        tokens[:, 1:][predicting] = torch.cat(found, dim=1) * self._units.to(tokens.device, tokens.dtype)
         return BatchSums(tokens.sum(1), None, tokens if self.per_token else None)
 
     def _slope(self, batch: RowBatch, predicting: Tensor, value: Tensor) -> Float[Tensor, "positions d"]:

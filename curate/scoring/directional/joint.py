@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from curate.corpus.render import Rendered
-from curate.curvature.test_vector import TestVector, concatenate
+from curate.curvature.test_vector import TestVector
 from curate.errors import ConfigError
 from curate.scoring.base import PassStats, Scorer
-from curate.scoring.directional.base import Backend, Reduction, joined_names
+from curate.scoring.directional.base import Backend, Reduction
 from curate.scoring.directional.make import make_backend
 
 
@@ -50,8 +50,8 @@ def joint_passes(model: PreTrainedModel, scorers: Sequence[Scorer], max_tokens: 
         groups.setdefault((wanted.backend, wanted.reduction), {})[scorer.name] = wanted.vector
     made = []
     for (backend, reduction), vectors in groups.items():
-        vector = concatenate(joined_names(vectors))
+        several = list(vectors.values())
         made.append(
-            Joint(make_backend(backend, model, vector, max_tokens, pad_id, cast(Reduction, reduction)), vectors)
+            Joint(make_backend(backend, model, several, max_tokens, pad_id, cast(Reduction, reduction)), vectors)
         )
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel
 
 from curate.curvature.test_vector import TestVector
@@ -20,7 +22,7 @@ BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (Contraction, Forward, 
 def make_backend(
     name: str,
     model: PreTrainedModel,
-    test_vector: TestVector,
+    test_vector: TestVector | Sequence[TestVector],
     max_tokens: int = 8192,
     pad_id: int = 0,
     reduction: Reduction = "mean",
@@ -33,7 +35,8 @@ def make_backend(
         ConfigError: no such backend, or one that cannot give what is asked for. Others: see Backend.
     """
     if name == "auto":
-        few = len(test_vector.names) <= _FEW and not by_block
+        vectors = [test_vector] if isinstance(test_vector, TestVector) else test_vector
+        few = sum(len(vector.names) for vector in vectors) <= _FEW and not by_block
         name = "forward" if few and supported(model) else "contraction"
     if name not in BACKENDS:
         raise ConfigError(f"there is no backend {name!r}{near(name, [*BACKENDS, 'auto'])}")

@@ -64,17 +64,32 @@ def test_differences_equal_autograd(kind):
     close(found.scores, exact(model, vector, ROWS)[0], tolerance("difference"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matrices_of_an_adapter(backend):
-    base = tiny_model("llama")
+def adapted(dtype):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        model = get_peft_model(base, settings).get_base_model().eval().requires_grad_(False)
+        wrapped = get_peft_model(tiny_model("llama").to(dtype), settings)
+    return wrapped.get_base_model().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matrices_of_an_adapter(backend):
+    model = adapted(torch.float32)
     vector = random_vector(model, NAMES[:2], LayerChoice(kind="adapter"))
     assert len(vector.layers) == 3 * 2 * 2
     found = make_backend(backend, model, vector).run(ROWS)
     close(found.scores, exact(model, vector, ROWS)[0], tolerance(backend))
+
+
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES])
+@pytest.mark.parametrize("backend", EXACT)
+def test_an_adapter_in_float32_within_a_model_in_bfloat16(backend, names):
+    model = adapted(torch.bfloat16)
+    vector = random_vector(model, names, LayerChoice(kind="adapter"))
+    assert {model.get_submodule(layer.name).weight.dtype for layer in vector.layers} == {torch.float32}
+    found, expected = make_backend(backend, model, vector).run(ROWS).scores, exact(model, vector, ROWS)[0]
+    for q in range(len(names)):
+        assert np.corrcoef(found[:, q], expected[:, q])[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -155,13 +170,19 @@ def test_tokens_sum_to_the_score(backend):
             assert not tokens[row.end :].any()
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1e-9), (torch.float16, 1e9)])
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES])
 @pytest.mark.parametrize("backend", EXACT)
-def test_bfloat16_keeps_the_order(backend):
+def test_half_precision_keeps_the_order_whatever_the_size_of_s(backend, names, dtype, size):
     model = tiny_model("llama")
-    vector = random_vector(model, ["a"])
-    expected = exact(model, vector, ROWS)[0][:, 0]
-    found = make_backend(backend, copy.deepcopy(model).to(torch.bfloat16), vector).run(ROWS).scores[:, 0]
-    assert np.corrcoef(found, expected)[0, 1] > 0.99
+    vector = random_vector(model, names)
+    for block in vector.blocks.values():
+        block.values.mul_(size)
+    expected = exact(model, vector, ROWS)[0]
+    found = make_backend(backend, copy.deepcopy(model).to(dtype), vector).run(ROWS).scores
+    for q in range(len(names)):
+        assert np.corrcoef(found[:, q], expected[:, q])[0, 1] > 0.99
+        assert 0.9 < np.abs(found[:, q]).sum() / np.abs(expected[:, q]).sum() < 1.1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,7 +194,7 @@ def test_layers_that_are_zero_are_left_out(backend):
             vector.blocks[layer.name].values.zero_()
     made = make_backend(backend, model, vector)
     assert made.lowest == 1
-    assert {layer.block for layer in made.vector.layers} == {1}
+    assert {layer.block for layer in made.layers} == {1}
     close(made.run(ROWS).scores, exact(model, vector, ROWS)[0], tolerance(backend))
 
 
