@@ -112,14 +112,24 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
 
     @hydra.main(config_path="pkg://conf", config_name=job, version_base=None)
     def application(config: DictConfig) -> None:
-        guarded(lambda: run(config, stages))  # here too: Hydra would print a traceback and exit with 1
+        guarded(lambda: run(config, told))  # here too: Hydra would print a traceback and exit with 1
+
+    def told(pipeline: Pipeline) -> None:
+        # Said while Ray still runs: should its shutdown take this process with it, the reason is on the screen.
+        try:
+            stages(pipeline)
+        except CurateError as e:
+            fail(e)
+
+    def fail(error: CurateError) -> None:
+        print(f"curate {job}: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
 
     def guarded(act: Callable[[], None]) -> None:
         try:
             act()
         except CurateError as e:
-            print(f"curate {job}: {e}", file=sys.stderr)
-            sys.exit(FAILED)
+            fail(e)
         except KeyboardInterrupt:
             print(f"curate {job}: interrupted; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
@@ -128,7 +138,7 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
         if any(a.startswith("-") for a in sys.argv[1:]):
             guarded(application)  # --help, --cfg job and other flags of Hydra's own
         else:
-            guarded(lambda: run(compose_config(job, sys.argv[1:]), stages))
+            guarded(lambda: run(compose_config(job, sys.argv[1:]), told))
 
     return main
 
