@@ -106,20 +106,16 @@ class Influence:
     # the model to differentiate
 
     @property
-    def _configured(self) -> ModelSpec:
+    def tuned(self) -> ModelSpec:
+        """The model that gradients are taken of, as configured."""
         t, m = self.config.tuned, self.config.model
         if t.path is not None:
             return replace(m, path=t.path, adapter=t.adapter, revision=None, merge_adapter=t.merge)
         return replace(m, adapter=t.adapter or m.adapter, merge_adapter=t.merge)
 
     @cached_property
-    def tuned(self) -> ModelSpec:
-        """The model that gradients are taken of; precision as that of the base model, decided once."""
-        return self._configured
-
-    @cached_property
     def model(self) -> ModelSpec:
-        """`tuned` with its precision decided, which needs a running session."""
+        """`tuned` in the base model's precision, which is decided once and needs a running session."""
         return replace(self.tuned, dtype=self.pipeline.model.dtype)
 
     @cached_property

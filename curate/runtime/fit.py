@@ -23,7 +23,6 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from connectors import storage
-from curate.corpus.chunk import Chunk
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered
 from curate.corpus.spread import Piece, count, cut, plan_digest, spread
@@ -40,8 +39,8 @@ from curate.runtime.differentiator import Differentiator
 from curate.runtime.memory import free_bytes
 from curate.runtime.output import claim
 from curate.runtime.progress import Progress, say
-from curate.runtime.reader import ReaderSpec, read_chunks
-from curate.runtime.stage import StageResult, work_items
+from curate.runtime.reader import ReaderSpec, read_pieces
+from curate.runtime.stage import StageResult
 
 PARTIAL_BYTES = 16 << 30  # of all shards' sums together; large models get larger shards
 Job = TypeVar("Job")
@@ -229,16 +228,14 @@ def _rows(shard: _Shard) -> tuple[list[Rendered], list[str], int]:
     rendered: list[Rendered] = []
     ids: list[str] = []
     bad = 0
-    for item in work_items(shard.pieces):
-        for data in read_chunks(item, shard.spec.reader):
-            chunk = Chunk.from_bytes(data)
-            bad += len(chunk.bad)
-            for example, row in zip(chunk.examples, chunk.rendered, strict=True):
-                if row.end > max(row.start, 1):
-                    rendered.append(row)
-                    ids.append(example.id)
-                else:
-                    bad += 1
+    for chunk in read_pieces(shard.pieces, shard.spec.reader):
+        bad += len(chunk.bad)
+        for example, row in zip(chunk.examples, chunk.rendered, strict=True):
+            if row.end > max(row.start, 1):
+                rendered.append(row)
+                ids.append(example.id)
+            else:
+                bad += 1
     return rendered, ids, bad
 
 

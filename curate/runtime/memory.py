@@ -32,8 +32,8 @@ def out_of_memory_in_words() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as e:
         raise WorkerError(
-            f"a worker's device is out of memory ({str(e).split('. ')[0]}). Lower cluster.gradient_token_budget (fits, "
-            f"query gradients and influence scores) or cluster.token_budget (other scores): padded tokens in a batch. "
+            f"a worker's device is out of memory ({str(e).split('. ')[0]}). Lower cluster.gradient_token_budget (fits "
+            f"and influence scores) or cluster.token_budget (other scores): padded tokens in a batch. "
             f"If one row is too long alone, lower source.max_tokens or curvature.max_tokens; scores do not depend on "
             f"the budgets. What was committed stays; the same command goes on from there."
         ) from e

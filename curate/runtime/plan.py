@@ -24,10 +24,9 @@ from curate.models.engines import GenerationSpec, make_engine, row_seed
 from curate.models.load import ModelSpec, resolve
 from curate.models.tap import n_layers
 from curate.models.tracked import LayerChoice, TrackedLayer, tracked_layers
-from curate.runtime.reader import ReaderSpec, read_chunks
+from curate.runtime.reader import ReaderSpec, read_pieces
 from curate.runtime.score import load_models
 from curate.runtime.session import Pool, Session
-from curate.runtime.stage import work_items
 from curate.runtime.stream import fetch, put, stream
 from curate.scoring.base import Needs
 from curate.scoring.flops import forward_cost
@@ -156,8 +155,7 @@ def sample_chunks(spec: ReaderSpec, manifest: Manifest, seed: int) -> list[Chunk
     for i in picked:
         u: Unit = units[i]
         stop = min(u.start + SAMPLE_ROWS, u.stop)
-        for item in work_items([(u, [(u.start, stop)])]):
-            chunks.extend(Chunk.from_bytes(c) for c in read_chunks(item, spec))
+        chunks.extend(read_pieces([(u, [(u.start, stop)])], spec))
     return chunks
 
 

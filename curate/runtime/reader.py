@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +16,7 @@ from curate.corpus.units import Unit
 from curate.errors import BadRow
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.output import Output, read_part
+from curate.runtime.stage import work_items
 
 EXCERPT = 200
 
@@ -90,3 +91,9 @@ def read_chunks(item: bytes, spec: ReaderSpec) -> Iterator[bytes]:
             rendered.append(tokens)
             responses.append(reply)
         yield Chunk(unit.key, start, stop, examples, rendered, responses, bad).to_bytes()
+
+
+def read_pieces(pieces: Sequence[tuple[Unit, list[tuple[int, int]]]], spec: ReaderSpec) -> Iterator[Chunk]:
+    """The chunks of some ranges of units, for who reads in its own process and not through a stream."""
+    for item in work_items(pieces):
+        yield from map(Chunk.from_bytes, read_chunks(item, spec))

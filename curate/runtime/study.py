@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from connectors import storage
-from curate.corpus.chunk import Chunk
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered
 from curate.corpus.spread import Piece, count, cut, spread
@@ -32,8 +31,7 @@ from curate.runtime.crew import Crew
 from curate.runtime.differentiator import Differentiator
 from curate.runtime.output import claim, read_parts
 from curate.runtime.progress import Progress
-from curate.runtime.reader import ReaderSpec, read_chunks
-from curate.runtime.stage import work_items
+from curate.runtime.reader import ReaderSpec, read_pieces
 from curate.scoring.directional.base import Backend, Reduction
 from curate.scoring.directional.make import make_backend
 
@@ -108,12 +106,10 @@ def _shares(state: Differentiator, job: _Shard) -> tuple[int, int, int]:
     ids: list[str] = []
     numbers: list[int] = []
     rendered: list[Rendered] = []
-    for item in work_items(job.pieces):
-        for data in read_chunks(item, job.spec.reader):
-            chunk = Chunk.from_bytes(data)
-            rendered += chunk.rendered
-            ids += [e.id for e in chunk.examples]
-            numbers += [e.row for e in chunk.examples]
+    for chunk in read_pieces(job.pieces, job.spec.reader):
+        rendered += chunk.rendered
+        ids += [e.id for e in chunk.examples]
+        numbers += [e.row for e in chunk.examples]
     columns: dict[str, pa.Array] = {"id": pa.array(ids, pa.string()), "row": pa.array(numbers, pa.int64())}
     for method, backend in state.kept(job.spec.url, lambda: _backends(state, job.spec)).items():
         shares = backend.run(rendered).by_block

@@ -62,14 +62,17 @@ def _shares(state: Differentiator, item: tuple[TokenSpec, Sequence[ExampleView]]
             rows.append((view.id, renderer.render(Example(view.id, view.row, messages))))
         except BadRow:
             continue
-    vector = test_vector.load(spec.url)
-    budget = state.spec.token_budget
-    backend = Forward(state.model, vector, budget, state.pad_id, spec.reduction, per_token=True)
+    backend = state.kept(spec.url, lambda: _backend(state, spec))
     tokens = backend.run([r for _, r in rows]).tokens
     assert tokens is not None
-    column = vector.names.index(spec.name)
+    column = backend.names.index(spec.name)
     out: dict[str, Tokens] = {}
     for (name, row), values in zip(rows, tokens, strict=True):
         pieces = token_pieces(tokenizer, row.input_ids[row.start : row.stop])
         out[name] = tuple(zip(pieces, values[row.start : row.stop, column].tolist(), strict=True))
     return out
+
+
+def _backend(state: Differentiator, spec: TokenSpec) -> Forward:
+    vector, budget = test_vector.load(spec.url), state.spec.token_budget
+    return Forward(state.model, vector, budget, state.pad_id, spec.reduction, per_token=True)

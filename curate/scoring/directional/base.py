@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from curate.corpus.render import Rendered
+from curate.curvature.fisher import Reduction
 from curate.curvature.test_vector import TestVector, TestVectorHeader
 from curate.errors import ConfigError, CurvatureError, ModelError
 from curate.models.batching import collate, token_batches
@@ -31,8 +32,6 @@ from curate.models.tracked import is_linear, weight_of
 from curate.scoring.base import PassStats
 from curate.scoring.directional.stacked import Stacked
 from curate.scoring.flops import model_cost
-
-Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
