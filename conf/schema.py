@@ -19,6 +19,7 @@ from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec
 from curate.models.tracked import LayerChoice
 from curate.runtime.cluster import ClusterSpec
+from curate.training.spec import LoraSpec, TrainingSpec
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -141,6 +142,20 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    columns: list[str] | None = None
+    modes: list[Literal["remove_most", "remove_least", "keep_most", "keep_least"]] = field(
+        default_factory=lambda: ["remove_most", "remove_least"]
+    )
+    fractions: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 0.9])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    random: int = 1
+    full: bool = True
+    base: bool = True
+    at_once: int | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a job may be told."""
 
@@ -156,9 +171,12 @@ class Settings:
     cluster: ClusterSpec
     report: Report
     study: Study
+    training: TrainingSpec
+    sweep: Sweep
     # An empty list of choices leaves the key out.
     concept: dict[str, ConceptSettings] | None = None
     scorer: dict[str, dict[str, Any] | None] | None = None
+    evaluator: dict[str, dict[str, Any] | None] | None = None
     seed: int = 0
     plan: bool = False
 
@@ -179,6 +197,9 @@ for _cls in (
     ClusterSpec,
     Report,
     Study,
+    LoraSpec,
+    TrainingSpec,
+    Sweep,
     Settings,
 ):
     setattr(_cls, "__pydantic_config__", _STRICT)  # noqa: B010  (pydantic reads it; stdlib dataclasses do not declare it)

@@ -41,6 +41,9 @@ _GROUPS = (
     "cluster",
     "report",
     "study",
+    "training",
+    "evaluator",
+    "sweep",
     "experiment",
 )
 

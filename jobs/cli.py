@@ -17,6 +17,9 @@ JOBS = {
     "select": "rank by a score, write curated shards and the ledger",
     "report": "write the HTML report",
     "study": "see how far influence scores change when only every s-th block is tracked",
+    "train": "fine-tune the model on the source's rows (a curated set, say)",
+    "evaluate": "ask a model, with its adapters, the configured questions",
+    "retrain": "train and evaluate on what each ranking would keep: does removing rows change the behaviour?",
     "plan": "say what a run will cost before it runs",
     "submit": "submit a job to a Ray cluster (curate submit run …)",
 }

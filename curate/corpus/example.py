@@ -27,6 +27,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What is to be answered. The `id` seeds the sampling: prompts of one text and two ids get two answers."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
 class Example:
     """One row: `messages` end with the assistant turn that is scored. `row` counts from 0 within its source file."""
 

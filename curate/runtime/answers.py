@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from curate.corpus.chunk import Chunk
-from curate.corpus.example import Example, Message
+from curate.corpus.example import Example, Message, Prompt
 from curate.corpus.render import Rendered, Renderer
 from curate.errors import BadRow, ConceptError
 from curate.models.engines import GenerationSpec, make_engine, row_seed
@@ -19,14 +18,6 @@ from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.progress import Progress
 from curate.runtime.session import Session
 from curate.runtime.stream import stream
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is to be answered. The `id` seeds the sampling: prompts of one text and two ids get two answers."""
-
-    id: str
-    messages: tuple[Message, ...]
 
 
 class AnswerWorker:

@@ -14,7 +14,7 @@ from curate.concepts.concept import Concept
 from curate.concepts.persona import Rollout, from_rollouts, rollout_requests, teacher_forced, with_scores
 from curate.concepts.probe import linear_probe
 from curate.concepts.trait import Trait, load_trait
-from curate.corpus.example import ColumnMap, Example, to_example
+from curate.corpus.example import ColumnMap, Example, Prompt, to_example
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.errors import BadRow, ConceptError, ConfigError, near
@@ -22,7 +22,7 @@ from curate.evaluation.judge import Judge, NoJudge
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
-from curate.runtime.answers import Prompt, answers
+from curate.runtime.answers import answers
 from curate.runtime.generate import sampling_facts
 from curate.runtime.progress import say
 from curate.runtime.session import Session

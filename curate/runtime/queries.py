@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from connectors import storage
 from curate.concepts.trait import Trait
-from curate.corpus.example import Example, Message
+from curate.corpus.example import Example, Message, Prompt
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.curvature.queries import Candidate
@@ -21,7 +21,7 @@ from curate.errors import ConfigError
 from curate.evaluation.judge import Judge
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
-from curate.runtime.answers import Prompt, answers
+from curate.runtime.answers import answers
 from curate.runtime.generate import sampling_facts
 from curate.runtime.progress import say
 from curate.runtime.session import Session

@@ -1,0 +1,1 @@
+"""Training: fine-tuning on a curated set, and sweeps as tables of arms. No cluster."""
