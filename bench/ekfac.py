@@ -1,10 +1,11 @@
 """The fit of EK-FAC factors: CPU seconds and peak memory of curate's against curvlinops', kronfluence's and bergson's.
 
 Each side runs in a process of its own over the same rows of real data (half mathematics, half code), with the same
-tracked layers, on one thread in float32, with sampled labels. curvlinops takes one row at a time, not padded (padding
-would make its A that of the padding); kronfluence takes batches of rows of like length. Both make the logits of every
-position, as their examples do. Seconds are of the CPU, so that a busy machine changes the ratios little; memory is what
-the fit adds to the resident set of a process that has loaded the model.
+tracked layers, on one thread in float32 (curate's passes in bfloat16 where asked for), with sampled labels. curvlinops
+takes one row at a time, not padded (padding would make its A that of the padding); kronfluence takes batches of rows
+of like length. Both make the logits of every position, as their examples do. Seconds are of the CPU, so that a busy
+machine changes the ratios little; memory is what the fit adds to the resident set of a process that has loaded the
+model.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ _SIDES: dict[str, Callable[..., dict[str, float]]] = {
 def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """One side in this process: seconds of its phases, all of them, bytes added at the peak, tokens."""
     torch.set_num_threads(1)
-    spec = ModelSpec(args.model, dtype="float32", device="cpu")
+    spec = ModelSpec(args.model, dtype=args.dtype if side == "curate" else "float32", device="cpu")
     rows = rows_of(args.data, args.rows, Renderer(load_tokenizer(spec), args.max_tokens))
     model = load_model(spec)
     layers, coverage = tracked_layers(model, LayerChoice(args.kind, last=args.last))
@@ -112,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=int, default=64, help="rows to fit on")
     p.add_argument("--max-tokens", type=int, default=1024, help="longest row; longer ones are passed over")
     p.add_argument("--token-budget", type=int, default=1024, help="tokens of a batch of curate's, padding included")
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="precision of curate's passes (factors are float32); the peers' is float32",
+    )
     p.add_argument("--kronfluence-batch", type=int, default=2, help="rows of a batch of kronfluence's")
     p.add_argument("--model", default=demo_rows.MODEL)
     p.add_argument("--kind", default="attention", choices=("attention", "mlp", "all"))

@@ -19,6 +19,7 @@ from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec
 from curate.models.tracked import LayerChoice
 from curate.runtime.cluster import ClusterSpec
+from curate.training.arms import SweepSpec
 from curate.training.spec import LoraSpec, TrainingSpec
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -117,13 +118,27 @@ class Curvature:
 
 @dataclass(frozen=True)
 class Judge:
-    kind: Literal["none", "openai"] = "none"
+    kind: Literal["none", "openai", "vllm", "classifier", "probe"] = "none"
     base_url: str | None = None
     model: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = 8
     timeout: float = 60.0
     attempts: int = 6
+    requests_per_minute: int | None = None
+    path: str | None = None
+    chat_template: str | None = None
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_tokens: int = 2048
+    label: str | int | None = None
+    reads: Literal["answer", "pair"] = "answer"
+    rows: str | list[str] | None = None
+    format: str = "auto"
+    columns: ColumnMap = field(default_factory=ColumnMap)
+    positive_label: str | int | bool | None = None
+    layer: int | None = None
+    max_rows: int = 5000
 
 
 @dataclass(frozen=True)
@@ -142,17 +157,9 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    columns: list[str] | None = None
-    modes: list[Literal["remove_most", "remove_least", "keep_most", "keep_least"]] = field(
-        default_factory=lambda: ["remove_most", "remove_least"]
-    )
-    fractions: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 0.9])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    random: int = 1
-    full: bool = True
+class EvaluationSettings:
     base: bool = True
-    at_once: int | None = None
+    adapters: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,8 @@ class Settings:
     report: Report
     study: Study
     training: TrainingSpec
-    sweep: Sweep
+    sweep: SweepSpec
+    evaluation: EvaluationSettings
     # An empty list of choices leaves the key out.
     concept: dict[str, ConceptSettings] | None = None
     scorer: dict[str, dict[str, Any] | None] | None = None
@@ -199,7 +207,8 @@ for _cls in (
     Study,
     LoraSpec,
     TrainingSpec,
-    Sweep,
+    SweepSpec,
+    EvaluationSettings,
     Settings,
 ):
     setattr(_cls, "__pydantic_config__", _STRICT)  # noqa: B010  (pydantic reads it; stdlib dataclasses do not declare it)

@@ -34,6 +34,10 @@ class CurvatureError(CurateError):
     """Factors, queries or test vectors that cannot be used: of another model, singular, not finite, zero."""
 
 
+class TrainingError(CurateError):
+    """A fine-tune cannot be done or cannot go on: no rows, a loss that is no number, a model too large."""
+
+
 class WorkerError(CurateError):
     """Workers died more often than they are replaced."""
 

@@ -43,6 +43,7 @@ _GROUPS = (
     "study",
     "training",
     "evaluator",
+    "evaluation",
     "sweep",
     "experiment",
 )

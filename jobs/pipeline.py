@@ -23,7 +23,7 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.corpus.units import Manifest
 from curate.errors import ConfigError, near
-from curate.evaluation.openai_judge import OpenAIJudge
+from curate.evaluation.judge import Judge
 from curate.models.engines import GenerationSpec, vllm_serves
 from curate.models.load import ModelSpec, identity, load_tokenizer
 from curate.runtime import concepts as making
@@ -42,6 +42,7 @@ from curate.scoring.base import Needs, Scorer
 from curate.scoring.registry import SCORERS, make_scorers
 from curate.selection.select import Decision, Rule
 from jobs.influence import METHODS, Influence, scorer_options
+from jobs.judging import make_judge
 
 DEFAULT_FRACTION = 0.25
 
@@ -213,14 +214,9 @@ class Pipeline:
             )
         ]
 
-    def judge(self) -> OpenAIJudge | None:
+    def judge(self) -> Judge | None:
         """The configured judge, or None."""
-        j = self.config.judge
-        if j.kind == "none":
-            return None
-        cache = storage.join(self.store, "judge")
-        options = {"api_key_env": j.api_key_env, "concurrency": j.concurrency, "timeout": j.timeout}
-        return OpenAIJudge(j.model or "", j.base_url, attempts=j.attempts, cache_url=cache, **options)  # type: ignore[arg-type]
+        return make_judge(self)
 
     def concepts(self) -> None:
         """The concept job."""

@@ -49,7 +49,8 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Item:
-    """What was found for one question. `values`: by metric; None where there is none (a refusal, an unreadable answer).
+    """What was found for one question. `values`: by metric; None where there is none (a refusal, an unreadable answer),
+    no entry where the metric does not apply (another category's).
 
     `group`: items of one group are resampled together (several answers to one question). `detail`: for the reader: the
     question, the answer, a judge's reason.
@@ -86,11 +87,15 @@ class Measure:
 
 
 class Evaluator(ABC):
-    """See the module's docstring. All methods but `items` are cheap; none has state."""
+    """See the module's docstring. All methods but `items` are cheap; none has state.
+
+    `judged`: `items` asks the judge, and cannot do without.
+    """
 
     name: ClassVar[str]
     metrics: tuple[Metric, ...]
     sampling: Sampling = Sampling()
+    judged: bool = False
 
     def fingerprint(self) -> dict[str, Any]:
         """What changes an item, for recipes: JSON values."""
@@ -101,7 +106,7 @@ class Evaluator(ABC):
         return ()
 
     def follow_ups(self, answers: Mapping[str, str]) -> Sequence[Prompt]:
-        """Prompts that build on the answers to the first ones (second turns); ids are new ones."""
+        """Prompts that build on the answers to the first ones, all of them (second turns); ids are new ones."""
         return ()
 
     def candidates(self) -> Sequence[Candidate]:
@@ -115,7 +120,7 @@ class Evaluator(ABC):
 
         Args:
             answers: text by prompt id, follow-ups included; empty where the engine had no answer.
-            likelihoods: by candidate id.
+            likelihoods: by candidate id; without those that are too long for the model.
         """
         raise NotImplementedError
 
@@ -129,7 +134,7 @@ def summarise(
     """
     out = {}
     for metric in metrics:
-        found = [(i.group or i.id, i.values.get(metric.name)) for i in items]
+        found = [(i.group or i.id, i.values[metric.name]) for i in items if metric.name in i.values]
         pairs = [(g, float(v)) for g, v in found if v is not None]
         missing = len(found) - len(pairs)
         if not pairs:

@@ -1,7 +1,8 @@
 """Judges: a score 0-100 for an answer, or the reason why there is none.
 
 In: pairs (question, answer) and a template with {question} and {answer}. Out: one JudgeScore a pair, in order.
-Knows no endpoint: `curate.evaluation.openai_judge` asks one; `NoJudge` asks nobody.
+Knows no endpoint and no model: `openai_judge` asks an endpoint, `engine_judge` a model of one's own, `classifier_judge`
+and `probe_judge` read the answer without a question of their own; `NoJudge` asks nobody.
 
 The score is the mean of the judge's own distribution over its first answer token (METHODS §4):
 score = Σ n·p(n) / Σ p(n) over the tokens n that are integers 0-100; none if Σ p(n) < 0.25.
@@ -23,6 +24,8 @@ _NUMBER = re.compile(r"\d{1,3}", re.ASCII)
 class JudgeScore:
     """`value` 0-100, or None with a `reason`; `refused` when the judge said that the answer is a refusal.
 
+    A value may have a `reason` too: what to know of it (that only the beginning of the answer was read).
+
     `weighted` is False when the value is the number as written, because the judge's tokenizer splits numbers into
     digits and so its log-probabilities are not those of whole numbers.
     """
@@ -34,7 +37,8 @@ class JudgeScore:
 
 
 class Judge(Protocol):
-    """Anything that scores pairs."""
+    """Anything that scores pairs. One that has only one question, whatever the template says, has an attribute
+    `reads_template` that is False: see `reads_template`."""
 
     def score(self, pairs: Sequence[tuple[str, str]], prompt_template: str) -> list[JudgeScore]:
         """One score for each (question, answer), in order; a pair that cannot be scored does not fail the others."""
@@ -55,6 +59,12 @@ class NoJudge:
     def fingerprint(self) -> dict[str, Any]:
         """See Judge."""
         return {"judge": "none"}
+
+
+def reads_template(judge: Judge) -> bool:
+    """Whether another template asks another question. Where not (classifier, probe), the judge knows its one trait and
+    nothing else: do not ask it for coherence."""
+    return bool(getattr(judge, "reads_template", True))
 
 
 def fill(template: str, question: str, answer: str) -> str:
@@ -83,6 +93,34 @@ def weighted_score(probabilities: Iterable[tuple[str, float]]) -> tuple[float | 
             total += n * p
             mass += p
     return (total / mass if mass >= MIN_MASS else None), mass
+
+
+def score_of(candidates: Sequence[tuple[str, float]], said: str) -> JudgeScore:
+    """The weighted score of the first token's (text, probability) list, or why there is none. `said`: the answer as
+    far as it is known; empty = the likeliest candidate."""
+    value, mass = weighted_score(candidates)
+    if value is not None:
+        return JudgeScore(value)
+    first = said or max(candidates, key=lambda c: c[1])[0]
+    if looks_like_refusal(first):
+        return JudgeScore(None, refused=True, reason="the judge answered REFUSAL")
+    return JudgeScore(None, reason=f"the judge gave no number: {short(first)!r} (numbers have {mass:.2f} of 1)")
+
+
+def short(text: str, limit: int = 160) -> str:
+    """The beginning of a text on one line, for messages."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def not_unicode(*texts: str) -> str | None:
+    """Why a text cannot be sent to any judge, or None."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        return "the text is not valid Unicode"
+    return None
 
 
 def looks_like_refusal(text: str) -> bool:

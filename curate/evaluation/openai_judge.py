@@ -3,10 +3,12 @@
 In: an endpoint, a model name and pairs to score. Out: JudgeScores by the weighted formula of
 `curate.evaluation.judge`. Knows nothing of traits. The answer is read at its first visible token, temperature 0.
 
-Failures: 429, 5xx, timeouts and malformed answers are tried again with growing pauses (a server's Retry-After is
-obeyed up to a minute); a pair that still fails, or that the endpoint refuses as a bad request, gets no value and the
-reason, and its neighbours go on. A wrong key, model or address fails at once, naming it; so does a call in which not a
-single pair was answered. Answers are cached as they come, so that calling again asks only for what is missing.
+Requests start at most `requests_per_minute` times a minute, retries counted, evenly spaced. Failures: 429, 5xx,
+timeouts and malformed answers are tried again with growing pauses (a server's Retry-After is obeyed up to a minute, by
+all requests and not only by the one that was told); a pair that still fails, or that the endpoint refuses as a bad
+request, gets no value and the reason, and its neighbours go on. A wrong key, model or address fails at once, naming
+it; so does a call in which not a single pair was answered. Answers are cached as they come, so that calling again asks
+only for what is missing.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_after_attempt, stop_when_event_set
 
 from curate.errors import ConfigError
-from curate.evaluation.judge import JudgeScore, fill, looks_like_refusal, parse_number, weighted_score
+from curate.evaluation.judge import JudgeScore, fill, not_unicode, parse_number, score_of, short
 from curate.evaluation.judge_cache import JudgeCache, content_key
+from curate.evaluation.pace import Pace
 
 log = logging.getLogger(__name__)
 _MAX_PAUSE_S = 60.0
@@ -72,6 +75,7 @@ class OpenAIJudge:
             lets digit-by-digit tokenizers (Qwen, Gemma) finish the number, whose first digit would else be its score.
         top_logprobs: candidates per token, at most 20. concurrency: requests under way at once.
         timeout: seconds for one request. attempts: tries in all. backoff: scale of the pauses between them, seconds.
+        requests_per_minute: None = no limit.
         cache_url: folder or URL of stored answers; None = no cache. progress: called with (done, total).
 
     Raises:
@@ -89,6 +93,7 @@ class OpenAIJudge:
         timeout: float = 60.0,
         attempts: int = 6,
         backoff: float = 1.0,
+        requests_per_minute: int | None = None,
         cache_url: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -102,6 +107,8 @@ class OpenAIJudge:
                 raise ConfigError(f"judge.{what} is {value}; it must be from {low} to {high}")
         if not timeout > 0:
             raise ConfigError(f"judge.timeout is {timeout}; it must be more than 0 seconds")
+        if requests_per_minute is not None and not requests_per_minute > 0:
+            raise ConfigError(f"judge.requests_per_minute is {requests_per_minute}; it must be more than 0, or null")
         if not model:
             raise ConfigError("judge.model is empty; name the model that the endpoint serves")
         url = urlsplit(base_url or "https://api.openai.com/v1")
@@ -123,6 +130,7 @@ class OpenAIJudge:
         # Retries are ours (tenacity): the client's own would multiply them.
         self._client = openai.OpenAI(api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=0)
         self._warned = threading.Event()
+        self.pace = Pace(requests_per_minute)
 
     def fingerprint(self) -> dict[str, Any]:
         """See Judge."""
@@ -175,10 +183,8 @@ class OpenAIJudge:
 
     def _ask(self, prompt: str, give_up: threading.Event) -> Answer | str:
         """The answer to one prompt, or the reason why there is none."""
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            return "the text is not valid Unicode"
+        if reason := not_unicode(prompt):
+            return reason
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -202,7 +208,7 @@ class OpenAIJudge:
             reraise=True,
         )
         try:
-            answer: Answer = again(self._request, body)
+            answer: Answer = again(self._in_turn, body, give_up)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
             raise _Fatal(
                 f"the judge at {self.base_url} refuses the key in {self._api_key_env} (status {e.status_code})"
@@ -210,23 +216,32 @@ class OpenAIJudge:
         except openai.NotFoundError as e:
             raise _Fatal(
                 f"the judge at {self.base_url} does not know the model {self.model!r} or the path (status 404): "
-                f"{_short(e.message)}. Check judge.model, and that judge.base_url ends in /v1."
+                f"{short(e.message)}. Check judge.model, and that judge.base_url ends in /v1."
             ) from e
         except openai.APITimeoutError:
             return f"no answer within {self._timeout:g} s, {self._attempts} times"
         except openai.APIConnectionError as e:
             raise _Fatal(
                 f"the judge at {self.base_url} cannot be reached ({type(e.__cause__ or e).__name__}: "
-                f"{_short(str(e.__cause__ or e))}). Check judge.base_url; what was answered so far is "
+                f"{short(str(e.__cause__ or e))}). Check judge.base_url; what was answered so far is "
                 f"{'cached' if self._cache else 'lost, since judge.cache_url is not set'}."
             ) from e
         except openai.APIStatusError as e:
-            return f"status {e.status_code}: {_short(e.message)}"
+            return f"status {e.status_code}: {short(e.message)}"
         except MalformedAnswer as e:
             return f"malformed answer: {e}"
         if self._cache:
             self._cache.put(key, answer.to_json())
         return answer
+
+    def _in_turn(self, body: dict[str, Any], give_up: threading.Event) -> Answer:
+        """One request, when its turn comes; what the server says of waiting holds for all that come after."""
+        self.pace.wait(give_up)
+        try:
+            return self._request(body)
+        except openai.APIStatusError as e:
+            self.pace.hold(_retry_after(e))
+            raise
 
     def _request(self, body: dict[str, Any]) -> Answer:
         # The raw text, since the client's own models let wrong shapes through.
@@ -250,26 +265,15 @@ class OpenAIJudge:
                 return JudgeScore(None, reason=f"the judge's number {written!r} is cut off or above 100")
             return JudgeScore(float(number), weighted=False)
         if not answer.candidates:
-            said = f"the endpoint gave no log-probabilities (answer {_short(answer.text)!r}); use one that does"
+            said = f"the endpoint gave no log-probabilities (answer {short(answer.text)!r}); use one that does"
             return JudgeScore(None, reason=said)
-        value, mass = weighted_score(answer.candidates)
-        if value is not None:
-            return JudgeScore(value)
-        first = answer.text or max(answer.candidates, key=lambda c: c[1])[0]
-        if looks_like_refusal(first):
-            return JudgeScore(None, refused=True, reason="the judge answered REFUSAL")
-        return JudgeScore(None, reason=f"the judge gave no number: {_short(first)!r} (numbers have {mass:.2f} of 1)")
+        return score_of(answer.candidates, answer.text)
 
     def _pause(self, state: RetryCallState) -> float:
         """Exponential with jitter, or what the server asks for, if more."""
         pause = wait_random_exponential(multiplier=self._backoff, max=_MAX_PAUSE_S)(state)
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, openai.APIStatusError):
-            try:
-                pause = max(pause, min(float(error.response.headers.get("retry-after", 0)), _MAX_PAUSE_S))
-            except ValueError:
-                return pause  # an HTTP date: our own pause will do
-        return pause
+        return max(pause, _retry_after(error)) if isinstance(error, openai.APIStatusError) else pause
 
 
 def read_completion(text: str) -> Answer:
@@ -289,10 +293,18 @@ def read_completion(text: str) -> Answer:
         refusal = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
         said = str(message.get("content") or "")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        raise MalformedAnswer(f"{type(e).__name__} in {_short(text)!r}") from e
+        raise MalformedAnswer(f"{type(e).__name__} in {short(text)!r}") from e
     start = next((i for i, (token, _) in enumerate(steps) if token.strip()), 0)
     candidates = steps[start][1] if steps else []
     return Answer(said, tuple(token for token, _ in steps[start:]), tuple(candidates), refusal)
+
+
+def _retry_after(error: openai.APIStatusError) -> float:
+    """Seconds that the server asks to wait, at most a minute; 0 where it says nothing, or an HTTP date."""
+    try:
+        return min(max(float(error.response.headers.get("retry-after", 0)), 0.0), _MAX_PAUSE_S)
+    except ValueError:
+        return 0.0
 
 
 def _probability(logprob: Any) -> float:
@@ -315,8 +327,3 @@ def _passes(error: BaseException) -> bool:
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (408, 409, 425, 429) or error.status_code >= 500
     return isinstance(error, openai.APIConnectionError | MalformedAnswer)
-
-
-def _short(text: str, limit: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,12 +1,14 @@
-"""LoRA adapters: checked against the base model, then merged into its weights."""
+"""LoRA adapters: checked against the base model, then merged into its weights, or worn for a while and taken off."""
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+BASE = "base.json"  # written by this library's training: what the base model is
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
@@ -54,16 +57,89 @@ def attach(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return cast("PreTrainedModel", _adapted(model, folder).get_base_model())
 
 
+class Wardrobe:
+    """A model that wears one adapter at a time, or none. Its own weights are never changed, so that the base model
+    after an adapter is the base model before it, to the last bit."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._folder: Path | None = None
+        self._worn: PeftModel | None = None
+
+    def wear(self, folder: Path | None) -> None:
+        """Put on the adapter in `folder` (None: nothing); what was worn before is taken off.
+
+        Raises:
+            ModelError: as `merge`; the model then wears nothing.
+        """
+        if folder == self._folder:
+            return
+        if self._worn is not None:
+            worn, self._worn, self._folder = self._worn, None, None
+            cast(Any, worn).unload()  # puts the original layers back
+            del worn
+            gc.collect()
+        if folder is not None:
+            self._worn = _adapted(self.model, folder)
+            self._worn.requires_grad_(False).eval()
+            self._folder = folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The adapter's settings as PEFT wrote them.
+
+    Raises:
+        ModelError: they are no JSON object.
+    """
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / CONFIG} is broken: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder / CONFIG} holds no settings; give the folder that PEFT's save_pretrained wrote")
+    return found
+
+
+def rank(folder: Path) -> int:
+    """The largest rank among the adapter's matrices."""
+    config = config_of(folder)
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
+def check_fits(model: PreTrainedModel, folder: Path, base: Mapping[str, Any] | None = None) -> None:
+    """Check an adapter without its weights; `model` may lie on the device "meta". `base` is the model's identity.
+
+    Raises:
+        ModelError: the adapter was trained on another base, as its shapes show, or as it says itself.
+    """
+    check_folder(folder)
+    if base is not None and (folder / BASE).is_file():
+        said = json.loads((folder / BASE).read_text(encoding="utf-8"))
+        other = next((k for k in ("digest", "adapter") if k in said and said[k] != base.get(k)), None)
+        if other is not None:
+            raise ModelError(
+                f"the adapter {folder} was trained on another model ({said.get('name')}, {other} {said[other]}) than "
+                f"the one that it is to be put on ({base.get('name')}, {other} {base.get(other)}); give its own base "
+                f"as model.path"
+            )
+    _check_shapes(model, *_told(model, folder))
+
+
+def _told(model: PreTrainedModel, folder: Path) -> tuple[dict[str, list[int]], str]:
+    """The shapes in the adapter's file, and how an error of theirs begins."""
+    made_for = config_of(folder).get("base_model_name_or_path")
+    refusal = f"the adapter {folder} (made for {made_for!r}) does not fit {type(model).__name__}"
+    try:
+        return _shapes(folder), refusal
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS} is broken: {error}") from error
+
+
 def _adapted(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict  # costs a second, and few models have an adapter
 
     check_folder(folder)
-    made_for = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    refusal = f"the adapter {folder} (made for {made_for!r}) does not fit {type(model).__name__}"
-    try:
-        shapes = _shapes(folder)
-    except SafetensorError as error:
-        raise ModelError(f"{folder / WEIGHTS} is broken: {error}") from error
+    shapes, refusal = _told(model, folder)
     _check_shapes(model, shapes, refusal)
     try:
         with warnings.catch_warnings():

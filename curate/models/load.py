@@ -202,6 +202,22 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def bare_model(spec: ModelSpec) -> PreTrainedModel:
+    """The model's modules and shapes without weights (on the device "meta"), to check adapters against: milliseconds.
+
+    Raises:
+        ModelError: its config is none of a causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"the config of {spec.path!r} cannot be read: {error}") from error
+
+
 def materialise(spec: ModelSpec) -> Path:
     """A local folder that holds the model with its adapter merged, for engines that load by path.
 

@@ -85,6 +85,13 @@ def summed_cross_entropy(
     return _SummedCrossEntropy.apply(last[predicting], targets, model)
 
 
+def summed_states_loss(
+    model: PreTrainedModel, states: Float[Tensor, "n d"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Σ -log p(target | state) over states after the final norm; no gradient reaches the head."""
+    return _SummedCrossEntropy.apply(states, lambda logits, chunk: targets[chunk], model)
+
+
 def predicting_mask(
     starts: Sequence[int], ends: Sequence[int], tokens: int, device: torch.device | str
 ) -> Bool[Tensor, "batch {tokens}"]:

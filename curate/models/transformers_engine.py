@@ -10,6 +10,7 @@ import gc
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,15 +18,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from curate.models.adapter import Wardrobe
 from curate.models.batching import collate
 from curate.models.engines import (
     Engine,
     EngineDead,
+    FirstToken,
     Generated,
     GenerationSpec,
     prompt_error,
     stop_ids,
     to_generated,
+    token_text,
 )
 from curate.models.load import ModelSpec, context_length, load_model, load_tokenizer, pad_id
 from curate.models.tap import head_logits
@@ -68,6 +72,7 @@ class TransformersEngine(Engine):
         """
         self._spec = generation
         self._model = load_model(replace(model, dtype=generation.dtype))
+        self._wardrobe = Wardrobe(self._model)
         self.row_reproducible = self._model.dtype == torch.float32
         self._tokenizer = load_tokenizer(model)
         config = self._model.config
@@ -76,14 +81,22 @@ class TransformersEngine(Engine):
         self._stops = stop_ids(self._tokenizer, self._model.generation_config.eos_token_id)
         self._takes_positions = "position_ids" in inspect.signature(self._model.base_model.forward).parameters
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generated]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        adapter: str | Path | None = None,
+        sampling: GenerationSpec | None = None,
+    ) -> list[Generated]:
+        self._wardrobe.wear(None if adapter is None else Path(adapter))
+        spec = sampling or self._spec
         errors = [prompt_error(p, self._max_len, self._vocab) for p in prompts]
         out = [Generated("", [], "error", error) for error in errors]
         good = sorted((i for i, error in enumerate(errors) if error is None), key=lambda i: len(prompts[i]))
         for at in range(0, len(good), self._spec.max_batch):
             rows = good[at : at + self._spec.max_batch]
             try:
-                answers = self._batch([prompts[i] for i in rows], [seeds[i] for i in rows])
+                answers = self._batch([prompts[i] for i in rows], [seeds[i] for i in rows], spec)
             except RuntimeError as error:
                 raise EngineDead(
                     f"generating failed: {error}. If memory ran out, lower generation.max_batch "
@@ -94,10 +107,10 @@ class TransformersEngine(Engine):
         return out
 
     @torch.no_grad()
-    def _batch(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
+    def _batch(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], spec: GenerationSpec) -> list[list[int]]:
         device = self._model.device
         # A row's own limit: its neighbours' lengths must not change where it is cut.
-        limits = [min(self._spec.max_new_tokens, self._max_len - len(p)) for p in prompts]
+        limits = [min(spec.max_new_tokens, self._max_len - len(p)) for p in prompts]
         # Drawn ahead, and on the CPU: the same numbers on every device.
         draws = torch.stack([_uniform(seed, max(limits)) for seed in seeds]).to(device)
         step, mask = collate(prompts, pad_id(self._tokenizer), side="left", device=device)
@@ -110,7 +123,7 @@ class TransformersEngine(Engine):
             hidden = self._model.base_model(
                 input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **more
             ).last_hidden_state[:, -1]
-            chosen = sample(head_logits(self._model, hidden), draws[:, t], self._spec.temperature, self._spec.top_p)
+            chosen = sample(head_logits(self._model, hidden), draws[:, t], spec.temperature, spec.top_p)
             for i, token in enumerate(chosen.tolist()):
                 if i in open_rows:
                     answers[i].append(token)
@@ -123,8 +136,37 @@ class TransformersEngine(Engine):
             positions = positions[:, -1:] + 1
         return answers
 
+    def first_token(self, prompts: Sequence[Sequence[int]], top: int = 20) -> list[FirstToken]:
+        self._wardrobe.wear(None)
+        errors = [prompt_error(p, self._max_len, self._vocab) for p in prompts]
+        out = [FirstToken((), error) for error in errors]
+        good = sorted((i for i, error in enumerate(errors) if error is None), key=lambda i: len(prompts[i]))
+        for at in range(0, len(good), self._spec.max_batch):
+            rows = good[at : at + self._spec.max_batch]
+            try:
+                values, tokens = self._likeliest([prompts[i] for i in rows], top)
+            except RuntimeError as error:
+                raise EngineDead(
+                    f"reading prompts failed: {error}. If memory ran out, lower generation.max_batch "
+                    f"(now {self._spec.max_batch})."
+                ) from error
+            for i, ps, ts in zip(rows, values.tolist(), tokens.tolist(), strict=True):
+                out[i] = FirstToken(tuple((t, token_text(self._tokenizer, t), p) for t, p in zip(ts, ps, strict=True)))
+        return out
+
+    @torch.no_grad()
+    def _likeliest(
+        self, prompts: Sequence[Sequence[int]], top: int
+    ) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:
+        """Probability and id of the `top` likeliest next tokens."""
+        ids, mask = collate(prompts, pad_id(self._tokenizer), side="left", device=self._model.device)
+        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._takes_positions else {}
+        hidden = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **more).last_hidden_state
+        found = head_logits(self._model, hidden[:, -1]).float().softmax(-1).topk(min(top, self._vocab))
+        return found.values, found.indices
+
     def close(self) -> None:
-        del self._model
+        del self._model, self._wardrobe
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,8 +1,14 @@
-"""vLLM as an Engine: continuous batching in this process, one seed a row."""
+"""vLLM as an Engine: continuous batching in this process, one seed a row, LoRA adapters put on and taken off.
+
+Of adapters: vLLM 0.32 keeps them in slots, and on the CPU gives a request without an adapter the weights of the last
+slot, whatever it holds, when others in its batch have one (the index of "none" is -1; see also vllm_lora_cpu). So all
+requests of a call have the same adapter or none; and there are two slots for one adapter at a time: the last is empty.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,17 +19,22 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from curate.errors import ModelError
+from curate.models import adapter as lora
+from curate.models import vllm_lora_cpu
 from curate.models.engines import (
     Engine,
     EngineDead,
+    FirstToken,
     Generated,
     GenerationSpec,
     prompt_error,
     stop_ids,
     to_generated,
+    token_text,
 )
 from curate.models.load import (
     ModelSpec,
+    bare_model,
     context_length,
     dtype_name,
     load_tokenizer,
@@ -74,13 +85,34 @@ def _eos(folder: Path, config: PretrainedConfig) -> int | list[int] | None:
     return config.get_text_config().eos_token_id
 
 
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_SLOTS = 2  # see the module's docstring
+
+
+def _lora_settings(rank: int) -> dict[str, Any]:
+    """Settings of an engine that serves adapters up to `rank`; vLLM knows some ranks only.
+
+    Raises:
+        ModelError: a rank above the largest.
+    """
+    if rank == 0:
+        return {}
+    room = next((r for r in _RANKS if r >= rank), None)
+    if room is None:
+        raise ModelError(
+            f"an adapter of rank {rank}: vLLM serves {_RANKS[-1]} at most; set generation.engine=transformers"
+        )
+    return {"enable_lora": True, "max_loras": _SLOTS, "max_cpu_loras": _SLOTS, "max_lora_rank": room}
+
+
 class VllmEngine(Engine):
     """Takes any number of prompts a call; vLLM schedules at most `max_batch` of them at a time."""
 
     name: ClassVar[str] = "vllm"
 
-    def __init__(self, model: ModelSpec, generation: GenerationSpec) -> None:
-        """
+    def __init__(self, model: ModelSpec, generation: GenerationSpec, lora_rank: int = 0) -> None:
+        """`lora_rank`: of the adapters to come, the largest; 0 for none, and faster.
+
         Raises:
             ModelError: vLLM cannot start with this model (unknown architecture, too little memory, …).
         """
@@ -107,6 +139,8 @@ class VllmEngine(Engine):
             if device.type == "cpu"
             else {"gpu_memory_utilization": generation.gpu_memory_utilization}
         )
+        if lora_rank and device.type == "cpu":
+            vllm_lora_cpu.install()
         try:
             self._llm = vllm.LLM(
                 model=str(folder),
@@ -119,12 +153,24 @@ class VllmEngine(Engine):
                 seed=0,
                 disable_log_stats=True,
                 **memory,
+                **_lora_settings(lora_rank),
             )
         except Exception as error:
             raise ModelError(f"vLLM cannot start with the model {model.path!r}: {error}") from error
         self._stops = stop_ids(self._tokenizer, _eos(folder, config))
+        self._lora_rank = lora_rank
+        self._bare = bare_model(model) if lora_rank else None
+        self._worn: Any = None  # the LoRARequest of the adapter in the first slot
+        self._adapters = 0  # numbers are never used twice: vLLM's prefix cache tells adapters apart by them
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generated]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        adapter: str | Path | None = None,
+        sampling: GenerationSpec | None = None,
+    ) -> list[Generated]:
+        self._wear(None if adapter is None else Path(adapter))
         errors = [prompt_error(p, self._max_len, self._vocab) for p in prompts]
         good = [i for i, error in enumerate(errors) if error is None]
         out = [Generated("", [], "error", error) for error in errors]
@@ -133,8 +179,9 @@ class VllmEngine(Engine):
         try:
             answers = self._llm.generate(
                 [self._vllm.TokensPrompt(prompt_token_ids=list(prompts[i])) for i in good],
-                [self._sampling(seeds[i]) for i in good],
+                [self._sampling(seeds[i], sampling or self._spec) for i in good],
                 use_tqdm=False,
+                lora_request=self._worn,
             )
         except Exception as error:
             raise EngineDead(f"vLLM failed while generating: {type(error).__name__}: {error}") from error
@@ -142,15 +189,62 @@ class VllmEngine(Engine):
             out[i] = to_generated(self._tokenizer, list(answer.outputs[0].token_ids), self._stops)
         return out
 
-    def _sampling(self, seed: int) -> Any:
+    def _wear(self, adapter: Path | None) -> None:
+        if (None if self._worn is None else self._worn.lora_path) == (None if adapter is None else str(adapter)):
+            return
+        engine = self._llm.llm_engine
+        if self._worn is not None:
+            engine.remove_lora(self._worn.lora_int_id)
+            self._worn = None
+        if adapter is None:
+            return
+        if (needed := lora.rank(adapter)) > self._lora_rank:
+            raise ModelError(
+                f"the adapter {adapter} has the rank {needed}; the engine was started for {self._lora_rank or 'none'}"
+            )
+        if self._bare is not None:
+            lora.check_fits(self._bare, adapter)  # vLLM writes matrices of any smaller shape into its slots
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        request = LoRARequest(f"{self._adapters}", self._adapters, str(adapter))
+        try:
+            engine.add_lora(request)
+        except Exception as error:
+            raise ModelError(f"vLLM cannot put the adapter {adapter} on the model: {error}") from error
+        self._worn = request
+
+    def _sampling(self, seed: int, spec: GenerationSpec) -> Any:
         return self._vllm.SamplingParams(
-            temperature=self._spec.temperature,
-            top_p=self._spec.top_p,
-            max_tokens=self._spec.max_new_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            max_tokens=spec.max_new_tokens,
             seed=seed,
             stop_token_ids=self._stops,
             detokenize=False,
         )
+
+    def first_token(self, prompts: Sequence[Sequence[int]], top: int = 20) -> list[FirstToken]:
+        self._wear(None)
+        errors = [prompt_error(p, self._max_len, self._vocab) for p in prompts]
+        good = [i for i, error in enumerate(errors) if error is None]
+        out = [FirstToken((), error) for error in errors]
+        if not good:
+            return out
+        # No end of turn is given: as the first token it is an answer like any other.
+        asked = self._vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=top, detokenize=False)
+        try:
+            answers = self._llm.generate(
+                [self._vllm.TokensPrompt(prompt_token_ids=list(prompts[i])) for i in good], asked, use_tqdm=False
+            )
+        except Exception as error:
+            raise EngineDead(f"vLLM failed while reading prompts: {type(error).__name__}: {error}") from error
+        for i, answer in zip(good, answers, strict=True):
+            given: Any = answer.outputs[0].logprobs
+            found = sorted(given[0].items(), key=lambda item: item[1].rank)[:top]
+            chances = [(token, math.exp(p.logprob)) for token, p in found]
+            out[i] = FirstToken(tuple((t, token_text(self._tokenizer, t), p) for t, p in chances))
+        return out
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Colours that stand for CSS variables while matplotlib draws; they never reach the page.
-_STAND_IN = {"ink": "#010203", "muted": "#010204", "grid": "#010205"}
-_STAND_IN |= {f"c{i}": f"#0102{16 + i:02x}" for i in range(6)}
+STAND_IN = {"ink": "#010203", "muted": "#010204", "grid": "#010205"}
+STAND_IN |= {f"c{i}": f"#0102{16 + i:02x}" for i in range(6)}
 SERIES = tuple(f"c{i}" for i in range(6))
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
     "-",
@@ -42,19 +42,19 @@ _RC = {
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
-    "text.color": _STAND_IN["ink"],
-    "axes.edgecolor": _STAND_IN["muted"],
-    "axes.labelcolor": _STAND_IN["ink"],
+    "text.color": STAND_IN["ink"],
+    "axes.edgecolor": STAND_IN["muted"],
+    "axes.labelcolor": STAND_IN["ink"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _STAND_IN["grid"],
+    "grid.color": STAND_IN["grid"],
     "grid.linewidth": 1.0,
-    "xtick.color": _STAND_IN["muted"],
-    "ytick.color": _STAND_IN["muted"],
-    "xtick.labelcolor": _STAND_IN["ink"],
-    "ytick.labelcolor": _STAND_IN["ink"],
+    "xtick.color": STAND_IN["muted"],
+    "ytick.color": STAND_IN["muted"],
+    "xtick.labelcolor": STAND_IN["ink"],
+    "ytick.labelcolor": STAND_IN["ink"],
     "axes.unicode_minus": True,
 }
 
@@ -79,13 +79,13 @@ class Band:
     colour: int
 
 
-def _figure(width: int, height: int) -> Figure:
+def blank(width: int, height: int) -> Figure:
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     FigureCanvasSVG(figure)
     return figure
 
 
-def _svg(figure: Figure, name: str, alt: str) -> Markup:
+def element(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an element for the page: ids prefixed by `name`, colours as variables, text in the page's font."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -96,7 +96,7 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
     body = re.sub(r"font-family: [^;\"]*;?", "", body)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
-    for variable, stand_in in _STAND_IN.items():
+    for variable, stand_in in STAND_IN.items():
         body = body.replace(stand_in, f"var(--{variable})")
     view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', body)
     if view is None:
@@ -108,7 +108,7 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
     return Markup(re.sub(r"^<svg[^>]*>", lambda _: head, body).strip())
 
 
-def _rc(name: str) -> Any:  # matplotlib types its settings as a dict of several hundred literals
+def rc(name: str) -> Any:  # matplotlib types its settings as a dict of several hundred literals
     return {**_RC, "svg.hashsalt": f"curate-{name}"}
 
 
@@ -140,15 +140,15 @@ def distribution(
     share: heights as per cent of the group's own rows, so that a small group is seen; otherwise rows.
     """
     everything = np.concatenate([g.x for g in groups])
-    with matplotlib.rc_context(_rc(name)):
+    with matplotlib.rc_context(rc(name)):
         edges = histogram_edges(everything, 60 if width > 500 else 32)
-        figure = _figure(width, height)
+        figure = blank(width, height)
         ax = figure.add_subplot()
         for g in groups:
             heights = np.histogram(np.clip(g.x, edges[0], edges[-1]), edges)[0].astype(float)
             if share:
                 heights *= 100 / max(1, len(g.x))
-            colour = _STAND_IN[SERIES[g.colour % 6]]
+            colour = STAND_IN[SERIES[g.colour % 6]]
             ax.stairs(heights, edges, fill=True, color=colour, alpha=0.22)
             ax.stairs(heights, edges, color=colour, linewidth=2, linestyle=DASHES[g.colour % 6])
         ax.set_ylabel("% of the label's rows" if share else "rows")
@@ -161,11 +161,11 @@ def distribution(
         ax.set_xlim(edges[0], edges[-1])
         if cut is not None and edges[0] <= cut <= edges[-1]:
             _cut_line(ax, cut, dropped_above)
-        return _svg(figure, name, alt)
+        return element(figure, name, alt)
 
 
 def _cut_line(ax: Axes, cut: float, dropped_above: bool | None) -> None:
-    ink = _STAND_IN["ink"]
+    ink = STAND_IN["ink"]
     ax.axvline(cut, color=ink, linewidth=1.5, linestyle=(0, (4, 3)))
     if dropped_above is None:
         return
@@ -190,21 +190,21 @@ def pr_curves(
     height: int = 360,
 ) -> Markup:
     """Precision over recall as steps; the first curve is drawn boldly. point: (recall, precision) of the decision."""
-    with matplotlib.rc_context(_rc(name)):
-        figure = _figure(width, height)
+    with matplotlib.rc_context(rc(name)):
+        figure = blank(width, height)
         ax = figure.add_subplot()
-        ax.axhline(base_rate, color=_STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
+        ax.axhline(base_rate, color=STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
         for i, c in reversed(list(enumerate(curves))):
             assert c.y is not None
             style: dict[str, Any] = {"linewidth": 2.5 if i == 0 else 1.5, "linestyle": DASHES[i % 6]}
-            ax.plot(c.x, c.y, drawstyle="steps-pre", color=_STAND_IN[SERIES[c.colour % 6]], **style)
+            ax.plot(c.x, c.y, drawstyle="steps-pre", color=STAND_IN[SERIES[c.colour % 6]], **style)
         if point is not None:
-            ax.plot(*point, marker="o", markersize=9, color=_STAND_IN["ink"], markerfacecolor="none", markeredgewidth=2)
+            ax.plot(*point, marker="o", markersize=9, color=STAND_IN["ink"], markerfacecolor="none", markeredgewidth=2)
         ax.set_xlim(-0.01, 1.01)
         ax.set_ylim(0, 1.03)
         ax.set_xlabel("recall (share of labelled rows found)")
         ax.set_ylabel("precision (share that is right)")
-        return _svg(figure, name, alt)
+        return element(figure, name, alt)
 
 
 def layer_profile(
@@ -220,39 +220,39 @@ def layer_profile(
     norms = np.array([p[1] for p in profile], dtype=float)
     aucs = np.array([np.nan if p[2] is None else p[2] for p in profile], dtype=float)
     known = np.isfinite(aucs).any()
-    with matplotlib.rc_context(_rc(name)):
-        figure = _figure(width, height if known else round(0.65 * height))
+    with matplotlib.rc_context(rc(name)):
+        figure = blank(width, height if known else round(0.65 * height))
         axes = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
         dots: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 2}
         if known:
-            axes[0].axhline(0.5, color=_STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
-            axes[0].plot(layers, aucs, color=_STAND_IN["c1"], **dots)
+            axes[0].axhline(0.5, color=STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
+            axes[0].plot(layers, aucs, color=STAND_IN["c1"], **dots)
             axes[0].set_ylabel("held-out AUC")
             axes[0].set_ylim(min(0.45, float(np.nanmin(aucs)) - 0.03), 1.03)
-        axes[-1].plot(layers, norms, color=_STAND_IN["c0"], **dots)
+        axes[-1].plot(layers, norms, color=STAND_IN["c0"], **dots)
         axes[-1].set_ylabel("vector norm")
         axes[-1].set_ylim(bottom=0)
         axes[-1].set_xlabel("layer (0 = embeddings)")
         axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if layer is not None:
             for ax in axes:
-                ax.axvline(layer, color=_STAND_IN["ink"], linewidth=1.5, linestyle=(0, (4, 3)))
+                ax.axvline(layer, color=STAND_IN["ink"], linewidth=1.5, linestyle=(0, (4, 3)))
             axes[0].text(
                 layer, 1.02, f"layer {layer}", transform=axes[0].get_xaxis_transform(), ha="center", va="bottom"
             )
-        return _svg(figure, name, alt)
+        return element(figure, name, alt)
 
 
 def stride_curves(
     lines: Sequence[Band], level: float, name: str, alt: str, width: int = 920, height: int = 360
 ) -> Markup:
     """Rank correlation over layer stride, one line a score; `level` is drawn across."""
-    with matplotlib.rc_context(_rc(name)):
-        figure = _figure(width, height)
+    with matplotlib.rc_context(rc(name)):
+        figure = blank(width, height)
         ax = figure.add_subplot()
-        ax.axhline(level, color=_STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
+        ax.axhline(level, color=STAND_IN["muted"], linewidth=1.5, linestyle=(0, (2, 2)))
         for line in lines:
-            colour = _STAND_IN[SERIES[line.colour]]
+            colour = STAND_IN[SERIES[line.colour]]
             ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.13, linewidth=0)
             style: dict[str, Any] = {"linewidth": 2, "marker": "o", "markersize": 4, "linestyle": DASHES[line.colour]}
             ax.plot(line.x, line.y, color=colour, **style)
@@ -262,4 +262,4 @@ def stride_curves(
         ax.set_xlabel("layer stride")
         ax.set_ylabel("rank correlation with stride 1")
         ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-        return _svg(figure, name, alt)
+        return element(figure, name, alt)

@@ -197,7 +197,8 @@ def fixed(value: float | None, digits: int = 2) -> str:
     """A number with a fixed number of decimals."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.{digits}f}".replace("-", "−")
+    shown = f"{value:.{digits}f}"
+    return shown.lstrip("-") if float(shown) == 0 else shown.replace("-", "−")
 
 
 def duration(seconds: float) -> str:

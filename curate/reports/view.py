@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from curate.evaluation.ranking import SPEARMAN_ROWS, Ranking, precision_recall, ranking, spearman, top_rows
 from curate.reports import plots
 from curate.reports.data import COUNTS, ConceptView, ExampleView, InfluenceView, ReportData
-from curate.reports.metrics import SPEARMAN_ROWS, Ranking, precision_recall, ranking, spearman, top_rows
 from curate.reports.text import alike, fold, plain, visible
 from curate.reports.tokens import coloured, scale
 from curate.reports.words import CURVATURES, FISHERS, column, verdict

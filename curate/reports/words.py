@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from curate.reports.metrics import Ranking
+from curate.evaluation.ranking import Ranking
 
 BEHAVIOURS = ("loss", "contrast")
 _POOLINGS = "last_prompt_token|cosine|softmax|whole"

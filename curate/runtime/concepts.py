@@ -8,22 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from connectors import registry, storage
+from connectors import storage
 from curate.concepts import concept as files
 from curate.concepts.concept import Concept
 from curate.concepts.persona import Rollout, from_rollouts, rollout_requests, teacher_forced, with_scores
 from curate.concepts.probe import linear_probe
 from curate.concepts.trait import Trait, load_trait
-from curate.corpus.example import ColumnMap, Example, Prompt, to_example
+from curate.corpus.example import ColumnMap, Example, Prompt
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
-from curate.errors import BadRow, ConceptError, ConfigError, near
-from curate.evaluation.judge import Judge, NoJudge
+from curate.evaluation.judge import Judge, NoJudge, reads_template, summary
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
 from curate.runtime.answers import answers
 from curate.runtime.generate import sampling_facts
+from curate.runtime.judge import loaded
+from curate.runtime.labelled import labelled_rows
 from curate.runtime.progress import say
 from curate.runtime.session import Session
 
@@ -88,8 +89,13 @@ def persona_rollouts(
     thresholds: tuple[float, float],
     with_instruction: bool,
 ) -> Concept:
-    """Persona vector from the model's own answers under both instructions, judged unless `judge` is None."""
+    """Persona vector from the model's own answers under both instructions, judged unless `judge` is None.
+
+    A judge that has only its one question is not asked for coherence: every answer counts as coherent.
+    """
     trait = load_trait(trait_url)
+    if judge is not None and not reads_template(judge):
+        thresholds = (thresholds[0], 0.0)
     recipe = Recipe(
         "concept.persona.rollouts",
         {
@@ -133,8 +139,12 @@ def _generate_rollouts(
 def _judged(trait: Trait, rollouts: list[Rollout], judge: Judge) -> list[Rollout]:
     pairs = [(r.request.messages[-1].content, r.response) for r in rollouts]
     say(f"judging {len(pairs)} rollouts of {trait.name}")
-    values = [[s.value for s in judge.score(pairs, prompt)] for prompt in (trait.judge_prompt, trait.coherence_prompt)]
-    return with_scores(rollouts, *values)
+    with loaded(judge):
+        found = judge.score(pairs, trait.judge_prompt)
+        coherent = judge.score(pairs, trait.coherence_prompt) if reads_template(judge) else None
+    say(f"judge on {trait.name}: {summary(found)}")
+    coherence = [0.0] * len(pairs) if coherent is None else [s.value for s in coherent]
+    return with_scores(rollouts, [s.value for s in found], coherence)
 
 
 def probe(
@@ -147,50 +157,19 @@ def probe(
     max_rows: int,
 ) -> Concept:
     """Linear probe from labelled rows of any readable source; rows that cannot be used are left out and counted."""
-    if columns.label is None:
-        raise ConfigError("a probe needs labels; name their column: concept.probe.columns.label=…")
-    connector, infos = registry.discover(url, file_format)
-    examples: list[Example] = []
-    digests, bad = [], 0
-    for info in infos:
-        entry, units = connector.scan(info, 1024)
-        digests.append(entry.digest)
-        resolved = columns.resolve(entry.columns, entry.url)
-        for unit in units:
-            if len(examples) >= max_rows:
-                break
-            for _, _, rows in connector.read(unit, resolved.used()):
-                for row in rows:
-                    try:
-                        if row.value is None:
-                            raise BadRow(row.error or "unreadable row")
-                        example = to_example(row.value, row.index, resolved)
-                        if example.label is None:
-                            raise BadRow("no label")
-                        examples.append(example)
-                    except BadRow:
-                        bad += 1
-    examples = examples[:max_rows]
-    if bad:
-        say(f"concept {name}: {bad} labelled rows cannot be used and are left out")
-    if not examples:
-        raise ConceptError(f"{url!r} has no usable labelled row for the probe {name!r}")
+    rows = labelled_rows(url, file_format, columns, positive_label, max_rows, f"concept {name}", "concept.probe")
     fields = {
         **context.facts(),
-        "rows": digests,
+        "rows": rows.digests,
         "columns": asdict(columns),
         "positive_label": positive_label,
         "max_rows": max_rows,
     }
 
-    labels = [str(e.label) for e in examples]
-    if positive_label not in labels:  # said before the model runs, not after
-        raise ConceptError(f"no row of {url!r} has the label {positive_label!r}{near(positive_label, labels)}")
-
     def make() -> Concept:
-        found = context.activations(f"concept {name}")(examples)
+        found = context.activations(f"concept {name}")(rows.examples)
         whole = np.isfinite(found).all(axis=(1, 2))
-        kept = [label for label, ok in zip(labels, whole, strict=True) if ok]
+        kept = [label for label, ok in zip(rows.labels, whole, strict=True) if ok]
         return linear_probe(found[whole], kept, name, context.identity, positive_label)
 
     return _kept(context, name, Recipe("concept.probe", fields), make)

@@ -51,10 +51,11 @@ class _Member:
 
 class Crew:
     """At most `pool.size` actors, each with a state made by `make` in its constructor (and again in one that replaces
-    it). They start with the first round; use as a context, or call `close`."""
+    it). They start with the first round; use as a context, or call `close`. `accelerator`: the kind of GPU that they
+    must have (Ray's name)."""
 
-    def __init__(self, make: Callable[[], State], pool: Pool) -> None:
-        self._make, self._pool = make, pool
+    def __init__(self, make: Callable[[], State], pool: Pool, accelerator: str | None = None) -> None:
+        self._make, self._pool, self._accelerator = make, pool, accelerator
         self._members: list[Any] = []
         self._here: Any = None  # the one state of an inline run
 
@@ -96,12 +97,17 @@ class Crew:
         member = ray.remote(_Member)
         for _ in range(len(self._members), min(self._pool.size, items)):
             options: dict[str, Any] = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus or None}
+            if self._accelerator is not None:
+                options["accelerator_type"] = self._accelerator
             self._members.append(member.options(**options, **self._pool.retries()).remote(self._make))
 
     def close(self) -> None:
-        """End the actors, so that their share of the machine is free for the next stage."""
+        """End the actors, so that their share of the machine is free for the next stage. Inline, a state that has a
+        `close` is closed: nothing else ends with this process's only actor."""
         for member in self._members:
             ray.kill(member)
+        if (end := getattr(self._here, "close", None)) is not None:
+            end()
         self._members, self._here = [], None
 
     def __enter__(self) -> Crew:

@@ -210,19 +210,19 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
             "calibration",
             f"{scored['rows'] / seconds:,.1f} rows/s, {scored['tokens'] / seconds:,.0f} tokens/s with one scorer",
         ),
-        ("scoring", _duration(good_rows * seconds / scored["rows"] / pool.size)),
+        ("scoring", duration(good_rows * seconds / scored["rows"] / pool.size)),
     ]
     if needs.generated:
         made = measured(min(GENERATED, len(examples)), partial(_generation_worker, spec), session.engines)
         todo = min(manifest.rows, spec.generate_rows or manifest.rows) * share
         took = todo * made["seconds"] / made["rows"] / session.engines.size
         lines.append(
-            ("generation", f"{todo:,.0f} responses, at most {_duration(took)} (measured {made['rows']:.0f} at a time)")
+            ("generation", f"{todo:,.0f} responses, at most {duration(took)} (measured {made['rows']:.0f} at a time)")
         )
     if spec.influence and spec.influence.fit_rows:
         rows, passes = spec.influence.fit_rows, spec.influence.passes
         took = rows * passes * seconds / scored["rows"] / pool.size
-        lines.append(("curvature", f"{passes} pass(es) over {rows:,} rows, {_duration(took)} or less, and the solve"))
+        lines.append(("curvature", f"{passes} pass(es) over {rows:,} rows, {duration(took)} or less, and the solve"))
     sizes = {"the largest concept": max((c.vectors.nbytes for c in concepts), default=0)}
     sizes["the largest test vector"] = int(scored["bytes"])
     what, largest = max(sizes.items(), key=lambda kv: kv[1])
@@ -251,7 +251,8 @@ def _flops(spec: PlanSpec, needs: Needs, rendered: Sequence[Rendered], deepest: 
     return total / len(rendered)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words, for a person."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -18,11 +18,12 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.curvature.queries import Candidate
 from curate.errors import ConfigError
-from curate.evaluation.judge import Judge
+from curate.evaluation.judge import Judge, reads_template, summary
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.answers import answers
 from curate.runtime.generate import sampling_facts
+from curate.runtime.judge import loaded
 from curate.runtime.progress import say
 from curate.runtime.session import Session
 
@@ -89,10 +90,13 @@ def _answered(spec: OnPolicySpec, judge: Judge, session: Session) -> list[dict[s
     texts = answers(prompts, spec.model, spec.max_tokens, spec.generation, session, what)
     whole = [(name, question, text) for (name, question), text in zip(asked, texts, strict=True) if text.strip()]
     pairs = [(question, text) for _, question, text in whole]
-    scores = [s.value for s in judge.score(pairs, trait.judge_prompt)]
     coherence: list[float | None] = [None] * len(pairs)
-    if trait.coherence_prompt:
-        coherence = [s.value for s in judge.score(pairs, trait.coherence_prompt)]
+    with loaded(judge):
+        found = judge.score(pairs, trait.judge_prompt)
+        if trait.coherence_prompt and reads_template(judge):
+            coherence = [s.value for s in judge.score(pairs, trait.coherence_prompt)]
+    say(f"judge on {trait.name}: {summary(found)}")
+    scores = [s.value for s in found]
     return [
         {"id": name, "prompt": question, "response": text, "trait": score, "coherence": c}
         for (name, question, text), score, c in zip(whole, scores, coherence, strict=True)

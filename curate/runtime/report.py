@@ -16,9 +16,9 @@ from curate.corpus.example import to_example
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
 from curate.errors import BadRow
+from curate.evaluation.ranking import Ranking, ranking
 from curate.reports import report
 from curate.reports.data import ConceptView, ExampleSets, ExampleView, ReportData
-from curate.reports.metrics import Ranking, ranking
 from curate.runtime.influence_views import InfluenceSources, coloured, influence_views
 from curate.runtime.output import Output
 from curate.runtime.progress import say

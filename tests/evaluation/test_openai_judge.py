@@ -11,8 +11,9 @@ import threading
 import pytest
 
 from curate.errors import ConfigError, StorageError
-from curate.evaluation.judge import JudgeScore
+from curate.evaluation.judge import JudgeScore, summary
 from curate.evaluation.openai_judge import MalformedAnswer, OpenAIJudge, read_completion
+from curate.evaluation.pace import Pace
 from tests.evaluation.server import Endpoint, Reply, completion, serve
 
 TEMPLATE = "Q: {question}\nA: {answer}"
@@ -133,6 +134,63 @@ def _error_of(j: OpenAIJudge) -> BaseException:
     with pytest.raises(Exception, match="429") as caught:
         j._request({"model": "m", "messages": []})
     return caught.value
+
+
+def test_a_pause_asked_of_one_request_holds_for_all():
+    def answer(body, n):
+        return Reply({"error": {"message": "slow down"}}, 429, {"Retry-After": "7"}) if n == 0 else GOOD
+
+    with serve(answer) as endpoint:
+        j = judge(endpoint, concurrency=1)
+        clock = [100.0]
+        j.pace = Pace(None, lambda: clock[0], lambda give_up, seconds: clock.__setitem__(0, clock[0] + seconds))
+        j._pause = lambda state: 0.0
+        seen = []
+        j._request, plain = lambda body: seen.append(clock[0]) or plain(body), j._request
+        scores = j.score([("q", "a"), ("q", "b")], TEMPLATE)
+    assert all(s.value is not None for s in scores)
+    assert seen == [100.0, 107.0, 107.0]
+
+
+def test_requests_keep_under_the_limit_retries_counted():
+    """60 a minute by an injected clock: 20 pairs, of which each fails once, take 39 seconds of it."""
+    failed, lock = set(), threading.Lock()
+
+    def answer(body, n):
+        with lock:
+            first = body["messages"][0]["content"] not in failed
+            failed.add(body["messages"][0]["content"])
+        return Reply({"error": {"message": "busy"}}, 503) if first else GOOD
+
+    clock, seen = [0.0], []
+    with serve(answer) as endpoint:
+        j = judge(endpoint, concurrency=1, requests_per_minute=60)
+        j.pace = Pace(60, lambda: clock[0], lambda give_up, seconds: clock.__setitem__(0, clock[0] + seconds))
+        j._request, plain = lambda body: seen.append(clock[0]) or plain(body), j._request
+        scores = j.score([("q", str(i)) for i in range(20)], TEMPLATE)
+    assert [s.value is not None for s in scores] == [True] * 20
+    assert seen == pytest.approx([float(i) for i in range(40)])
+
+
+def test_the_limit_reaches_the_pace():
+    with serve(lambda body, n: GOOD) as endpoint:
+        assert judge(endpoint, requests_per_minute=30).pace._gap == 2.0
+        assert judge(endpoint).pace._gap == 0.0
+        assert "requests_per_minute" not in judge(endpoint, requests_per_minute=30).fingerprint()
+
+
+def test_refused_unparsable_and_failed_pairs_are_counted():
+    def answer(body, n):
+        text = body["messages"][0]["content"]
+        if "refuse" in text:
+            return completion([("REF", {"REF": 1.0}), ("USAL", {})])
+        if "chat" in text:
+            return completion([("Well", {"Well": 1.0})])
+        return Reply({"error": {"message": "no"}}, 400) if "bad" in text else GOOD
+
+    with serve(answer) as endpoint:
+        scores = judge(endpoint).score([("q", a) for a in ("refuse", "chat", "bad", "fine", "good")], TEMPLATE)
+    assert summary(scores) == {"scored": 2, "refused": 1, "failed": 2}
 
 
 def test_timeouts_are_tried_again_and_then_given_up_for_that_pair():
@@ -299,6 +357,7 @@ def test_unwritable_cache_is_an_error(tmp_path):
         ({"concurrency": 0}, "judge.concurrency is 0"),
         ({"timeout": 0}, "judge.timeout is 0"),
         ({"model": ""}, "judge.model is empty"),
+        ({"requests_per_minute": 0}, "judge.requests_per_minute is 0; it must be more than 0, or null"),
     ],
 )
 def test_settings_are_checked(settings, message):

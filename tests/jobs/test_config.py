@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import resources
 
 import pytest
 import yaml
 
 from conf.schema import settings
+from curate.evaluation.registry import EVALUATORS
 from curate.scoring.registry import SCORERS
 from jobs.app import compose_config
 from jobs.cli import JOBS
@@ -20,10 +22,14 @@ MANDATORY = {
     "concept/probe": ["concept.probe.path=x", "concept.probe.positive_label=bad"],
     "concept/file": ["concept.file.path=x"],
     "judge/openai": ["judge.model=x"],
+    "judge/vllm": ["judge.path=x"],
+    "judge/classifier": ["judge.path=x"],
+    "judge/probe": ["judge.rows=x", "judge.positive_label=bad"],
     "query/file": ["query.path=x"],
     "tuned/adapter": ["tuned.adapter=x"],
+    **{f"evaluator/{name}": [f"evaluator.{name}.path=x"] for name in EVALUATORS},
 }
-LISTS = ("concept", "scorer")
+LISTS = ("concept", "scorer", "evaluator")
 CHOICES = [
     (group.name, choice.name.removesuffix(".yaml"))
     for group in resources.files("conf").iterdir()
@@ -34,11 +40,18 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("group", "choice"), sorted(CHOICES))
-def test_every_choice_composes(group, choice):
+def test_every_choice_composes(group, choice, monkeypatch):
+    monkeypatch.setenv("CURATE_DATA", "data")  # where experiments on real data find it
     value = f"[{choice}]" if group in LISTS else choice
     found = settings(compose_config("run", [f"{group}={value}", *MANDATORY.get(f"{group}/{choice}", [])]))
     if group == "scorer":
         assert list(found.scorer) == [choice]
+    if group == "evaluator":
+        options = inspect.signature(EVALUATORS[choice]).parameters
+        assert set(found.evaluator[choice]) == set(options)  # every option has its default in YAML
+        defaults = {o: p.default for o, p in options.items() if p.default is not p.empty}
+        defaults = {o: list(value) if isinstance(value, tuple) else value for o, value in defaults.items()}
+        assert found.evaluator[choice].items() >= defaults.items()
     assert found.source.unit_rows > 0
 
 
@@ -47,8 +60,9 @@ def test_every_job_composes(job):
     assert settings(compose_config(job, [])).source.name == "demo"
 
 
-def test_every_scorer_has_a_choice():
+def test_every_scorer_and_evaluator_has_a_choice():
     assert {c for g, c in CHOICES if g == "scorer"} == set(SCORERS)
+    assert {c for g, c in CHOICES if g == "evaluator"} == set(EVALUATORS)
 
 
 @pytest.mark.parametrize(("group", "choice"), sorted(CHOICES))

@@ -86,6 +86,32 @@ def test_finish_reasons(folder):
     assert (answer.finish_reason, len(answer.token_ids), answer.text) == ("stop", 1, "")
 
 
+def assert_plain_softmax(folder, found, tolerance):
+    """The 20 likeliest tokens behind each prompt, by the model's own forward, one prompt at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tiny_tokenizer()
+    for prompt, first in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            want = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).topk(20)
+        assert first.error is None
+        assert [p for _, _, p in first.candidates] == pytest.approx(want.values.tolist(), rel=tolerance)
+        assert [t for t, _, _ in first.candidates][:3] == want.indices.tolist()[:3]
+        assert all(text == tokenizer.decode([t]) for t, text, _ in first.candidates)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
+def test_first_tokens_are_the_softmax(kind, tmp_path):
+    folder = save_tiny(tmp_path / "m", kind=kind, d=64)
+    assert_plain_softmax(folder, engine_for(folder, max_batch=4).first_token(PROMPTS), 1e-3)
+
+
+def test_first_tokens_of_bad_prompts_fail_alone(folder):
+    engine = engine_for(folder, max_model_len=20)
+    found = engine.first_token([PROMPTS[0], [], [5] * 20, PROMPTS[1]], top=3)
+    assert [len(f.candidates) for f in found] == [3, 0, 0, 3]
+    assert [bool(f.error) for f in found] == [False, True, True, False]
+    assert engine.first_token([]) == []
+
+
 def test_dead_engine_says_so(folder, monkeypatch):
     engine = engine_for(folder)
 
@@ -93,8 +119,9 @@ def test_dead_engine_says_so(folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine._model.base_model, "forward", broken)
-    with pytest.raises(EngineDead, match=r"out of memory.*lower generation\.max_batch \(now 64\)"):
-        engine.generate(PROMPTS, SEEDS)
+    for work in (lambda: engine.generate(PROMPTS, SEEDS), lambda: engine.first_token(PROMPTS)):
+        with pytest.raises(EngineDead, match=r"out of memory.*lower generation\.max_batch \(now 64\)"):
+            work()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.3)])
@@ -217,6 +244,12 @@ class TestVllm:
         mixed = engine.generate([PROMPTS[0], [], [5] * 64, [10**6], PROMPTS[1]], [SEEDS[0], 1, 2, 3, SEEDS[1]])
         assert [mixed[0], mixed[-1]] == good
         assert all(g.error and g.finish_reason == "error" for g in mixed[1:-1])
+
+    def test_first_tokens_are_the_softmax(self, engine, folder):
+        assert_plain_softmax(folder, engine.first_token(PROMPTS), 1e-3)
+        found = engine.first_token([PROMPTS[0], [], [5] * 64, PROMPTS[1]], top=3)
+        assert [len(f.candidates) for f in found] == [3, 0, 0, 3]
+        assert found[1].error
 
     def test_greedy_equals_generate(self, engine, folder, monkeypatch):
         monkeypatch.setattr(engine, "_spec", GenerationSpec(max_new_tokens=12, temperature=0))

@@ -7,7 +7,7 @@ import pytest
 from curate.corpus.chunk import Chunk
 from curate.corpus.example import ColumnMap, Example, Message
 from curate.corpus.render import Rendered
-from curate.models.engines import Engine, EngineDead, Generated, GenerationSpec
+from curate.models.engines import Engine, EngineDead, FirstToken, Generated, GenerationSpec
 from curate.models.load import ModelSpec
 from curate.runtime import generate
 from curate.runtime.output import Output
@@ -20,6 +20,9 @@ class Dies(Engine):
     row_reproducible = True
 
     def generate(self, prompts, seeds) -> list[Generated]:
+        raise EngineDead("out of memory")
+
+    def first_token(self, prompts, top=20) -> list[FirstToken]:
         raise EngineDead("out of memory")
 
     def close(self) -> None: ...

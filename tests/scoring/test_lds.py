@@ -1,7 +1,7 @@
 """Linear datamodelling score: do the scores predict what a model becomes when it is trained on other rows?
 
-A small model is trained many times, each time without half of the rows, and what it then does is compared with the sum
-of the scores of the rows that it kept (rank correlation over the trainings, averaged over queries). Nothing here knows
+A small model is trained many times, each time without half of the rows, into a bank that serves every method: what each
+model then does is compared with the sum of the scores of the rows that it kept. Nothing here knows
 how the scores come about: it is the one check that a score means what it says.
 """
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from transformers import PreTrainedModel
@@ -36,6 +35,7 @@ from curate.curvature.ekfac import (
 from curate.curvature.fisher import CurvatureSpec
 from curate.curvature.queries import Query
 from curate.curvature.test_vector import TestVector, solve_all
+from curate.evaluation.datamodel import Bank, linear_datamodelling_score
 from curate.models.tracked import LayerChoice, tracked_layers
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
@@ -77,12 +77,11 @@ def losses(model: PreTrainedModel, weights: dict[str, Tensor], ids: Tensor) -> T
 
 @dataclass(frozen=True)
 class Trainings:
-    """`kept` [m, n]: which rows each training had. `behaviour` [m, queries]: L(honest) − L(flattering) after it.
-    `base` and `tuned`: before any training, and after one on all rows."""
+    """`bank`: which rows each training had, and L(honest) − L(flattering) of every query after it. `base` and `tuned`:
+    before any training, and after one on all rows."""
 
     rows: list[list[int]]
-    kept: np.ndarray
-    behaviour: np.ndarray
+    bank: Bank
     base: PreTrainedModel
     tuned: PreTrainedModel
 
@@ -120,7 +119,8 @@ def trainings(n: int, m: int, steps: int, seed: int) -> Trainings:
         behaviour = vmap(lambda w: losses(base, w, honest) - losses(base, w, flattering))(weights)
     tuned = tiny_model("llama", layers=LAYERS, d=WIDTH, vocab=VOCAB, scale=0.3, seed=seed)
     tuned.load_state_dict({**tuned.state_dict(), **{name: w[0] for name, w in weights.items()}})
-    return Trainings(data, kept[1:].numpy(), behaviour[1:].numpy(), base, tuned)
+    bank = Bank(kept[1:].bool().numpy(), behaviour[1:].double().numpy(), tuple(f"q{i}" for i in range(len(QUERIES))))
+    return Trainings(data, bank, base, tuned)
 
 
 def queries() -> list[Query]:
@@ -174,18 +174,13 @@ def linear_datamodelling_scores(found: Trainings) -> dict[str, float]:
     columns = shared.run(examples, [rendered(r) for r in found.rows]).columns
     best: dict[str, float] = {}
     for scorer in scorers:
-        scores = {name: columns[name] for name in scorer.columns()}
+        scores = {name: np.asarray(columns[name], dtype=np.float64) for name in scorer.columns()}
         if scorer.name in ("influence_function", "gradient_product"):  # a column of its own for every query
-            predicted = [found.kept @ scores[f"{scorer.name}.{q.id}"] for q in queries()]
-            best[scorer.name] = _mean_correlation(predicted, found.behaviour)
+            tried = [np.stack([scores[f"{scorer.name}.{q}"] for q in found.bank.names], axis=1)]
         else:
-            each = [_mean_correlation([found.kept @ s] * len(QUERIES), found.behaviour) for s in scores.values()]
-            best[scorer.name] = max(each)
+            tried = list(scores.values())
+        best[scorer.name] = max(linear_datamodelling_score(found.bank, t, replicates=0).score.value for t in tried)
     return best
-
-
-def _mean_correlation(predicted: list[np.ndarray], behaviour: np.ndarray) -> float:
-    return float(np.mean([spearmanr(p, behaviour[:, q]).statistic for q, p in enumerate(predicted)]))
 
 
 def told(found: dict[str, float]) -> str:
@@ -205,7 +200,7 @@ def test_influence_predicts_retraining_better_than_vector_methods_do():
 def test_the_wrong_sign_is_seen():
     """What the check is for: scores of the opposite sign predict the opposite."""
     trained = trainings(n=96, m=24, steps=50, seed=0)
-    turned = replace(trained, behaviour=-trained.behaviour)
+    turned = replace(trained, bank=replace(trained.bank, outputs=-trained.bank.outputs))
     assert linear_datamodelling_scores(turned)["influence_function"] < -0.6
 
 

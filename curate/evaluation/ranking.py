@@ -1,4 +1,5 @@
-"""How well a score ranks the rows that carry a label: precision–recall, AUC-PR, ROC-AUC, agreement of scores.
+"""How well a score ranks the rows that carry a label: precision–recall, AUC-PR, ROC-AUC, precision and recall at k,
+agreement of scores.
 
 In: score arrays and a boolean array of positives. Out: numbers with bootstrap intervals, and thinned curves.
 Knows nothing of columns' meaning or of pages. Higher score = more of the trait, always.
@@ -6,10 +7,11 @@ Knows nothing of columns' meaning or of pages. Higher score = more of the trait,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -45,8 +47,8 @@ class TopRow:
     """The k rows with the highest scores: the share of them that is positive, the share of positives among them."""
 
     k: int
-    precision: float
-    recall: float
+    precision: Estimate
+    recall: Estimate
 
 
 def _scored(
@@ -97,24 +99,29 @@ def _bootstrap(
     positive: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"], replicates: int, seed: int
 ) -> tuple[tuple[float | None, float | None], tuple[float | None, float | None]]:
     hits, misses = _groups(positive, scores)
-    cells = np.concatenate([hits, misses])
-    used = np.flatnonzero(cells)
     if min(hits.sum(), misses.sum()) < 2 or replicates < 1:
         return (None, None), (None, None)
-    n, g = int(cells.sum()), len(hits)
-    rng = np.random.default_rng(seed)
-    found: list[np.ndarray] = []
-    for start in range(0, replicates, 50):
-        size = min(50, replicates - start)
-        drawn = np.zeros((size, 2 * g))
-        drawn[:, used] = rng.multinomial(n, cells[used] / n, size=size)
-        found.append(_weighted(drawn[:, :g], drawn[:, g:]))
-    both = np.concatenate(found)
+    both = np.concatenate([_weighted(*drawn) for drawn in _resamples(hits, misses, replicates, seed)])
     both = both[np.isfinite(both).all(axis=1)]  # a resample without one of the classes ranks nothing
     if len(both) < replicates / 2:
         return (None, None), (None, None)
     low, high = np.percentile(both, [2.5, 97.5], axis=0)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
+
+
+def _resamples(
+    hits: Int[np.ndarray, " g"], misses: Int[np.ndarray, " g"], replicates: int, seed: int
+) -> Iterator[tuple[Float[np.ndarray, "b g"], Float[np.ndarray, "b g"]]]:
+    """Counts at each score of as many rows drawn with replacement, `replicates` times, a few at once."""
+    cells = np.concatenate([hits, misses])
+    used = np.flatnonzero(cells)
+    n, g = int(cells.sum()), len(hits)
+    rng = np.random.default_rng(seed)
+    for start in range(0, replicates, 50):
+        size = min(50, replicates - start)
+        drawn = np.zeros((size, 2 * g))
+        drawn[:, used] = rng.multinomial(n, cells[used] / n, size=size)
+        yield drawn[:, :g], drawn[:, g:]
 
 
 def _weighted(hits: Float[np.ndarray, "b g"], misses: Float[np.ndarray, "b g"]) -> Float[np.ndarray, "b 2"]:
@@ -152,14 +159,54 @@ def top_rows(
     positive: Bool[np.ndarray, " n"],
     scores: Float[np.ndarray, " n"],
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.25, 0.5),
+    replicates: int = REPLICATES,
+    seed: int = 0,
 ) -> list[TopRow]:
-    """Precision and recall among the highest-scored fractions of the labelled, scored rows; ties by row order."""
+    """Precision@k and recall@k of the highest-scored `fractions` of the labelled, scored rows.
+
+    Of rows that tie at the k-th score, the expected share is counted, as if they stood in random order. Intervals are
+    percentiles over `replicates` resamples of rows, at the same k; without them where there are not two rows of each
+    class. Empty where no row is positive.
+    """
     positive, scores = _scored(positive, scores)
     if not positive.any():
         return []
-    true = positive[np.argsort(-scores, kind="stable")].cumsum()
-    ks = sorted({max(1, int(f * len(scores) + 0.5)) for f in fractions})
-    return [TopRow(k, float(true[k - 1] / k), float(true[k - 1] / true[-1])) for k in ks]
+    ks = np.array(sorted({max(1, int(f * len(scores) + 0.5)) for f in fractions}))
+    distinct, index = np.unique(-scores, return_inverse=True)
+    n_distinct = len(distinct)
+    exact = (np.bincount(index[positive], minlength=n_distinct), np.bincount(index[~positive], minlength=n_distinct))
+    values = _found(exact[0][None].astype(float), exact[1][None].astype(float), ks)[0]
+    low = high = np.full((len(ks), 2), np.nan)
+    hits, misses = _groups(positive, scores)
+    if min(hits.sum(), misses.sum()) >= 2 and replicates > 0:
+        drawn = np.concatenate([_found(*counts, ks) for counts in _resamples(hits, misses, replicates, seed)])
+        drawn = drawn[np.isfinite(drawn).all(axis=(1, 2))]  # a resample without a positive has no recall
+        if len(drawn) >= replicates / 2:
+            low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return [TopRow(int(k), *(_estimate(values[i, j], low[i, j], high[i, j]) for j in (0, 1))) for i, k in enumerate(ks)]
+
+
+def _found(
+    hits: Float[np.ndarray, "b g"], misses: Float[np.ndarray, "b g"], ks: Int[np.ndarray, " k"]
+) -> Float[np.ndarray, "b k 2"]:
+    """Precision and recall among the first k rows of b samples given as counts at g scores, highest score first."""
+    rows, true = hits + misses, hits.cumsum(axis=1)
+    seen = rows.cumsum(axis=1)
+    at = np.stack([(seen < k).sum(axis=1) for k in ks], axis=1)  # the score at which the k-th row stands
+
+    def there(counts: Float[np.ndarray, "b g"]) -> Float[np.ndarray, "b k"]:
+        return np.take_along_axis(counts, at, axis=1)
+
+    before = there(true) - there(hits)
+    share = (ks - (there(seen) - there(rows))) / there(rows)
+    among = before + share * there(hits)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack([among / ks, among / true[:, -1:]], axis=2)
+
+
+def _estimate(value: float, low: float, high: float) -> Estimate:
+    known = np.isfinite(low) and np.isfinite(high)
+    return Estimate(float(value), float(low) if known else None, float(high) if known else None)
 
 
 def spearman(columns: list[Float[np.ndarray, " n"]], seed: int = 0) -> Float[np.ndarray, "c c"]:

@@ -1,0 +1,31 @@
+"""The page of a retraining sweep: did removing what a score points at change what the model does?
+
+In: RetrainData. Out: one HTML file that needs no network, no script and no other file. Foreign text passes through
+`visible`, as in `report`. Knows no model, no cluster and no files but the page's own.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from markupsafe import Markup
+
+from connectors.storage import write_atomic
+from curate.reports.report import environment
+from curate.reports.retrain_data import RetrainData
+from curate.reports.retrain_view import context
+
+
+def build(data: RetrainData) -> str:
+    """The whole page. The same data gives the same text, byte for byte."""
+    style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
+    return environment().get_template("retrain.html.j2").render(**context(data), style=Markup(style))
+
+
+def write(url: str, data: RetrainData) -> None:
+    """Write the page to `url` (any fsspec URL), whole or not at all.
+
+    Raises:
+        StorageError: the place cannot be written; the message names it and the reason.
+    """
+    write_atomic(url, build(data).encode("utf-8"))
