@@ -147,7 +147,7 @@ def write(folder: Path, files: dict[str, list[Row]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.retrain_data", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the raw data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the raw data sets")
     parser.add_argument("--out", type=Path, required=True, help="where the sets go: what CURATE_DATA names")
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seed", type=int, default=0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jobs.pipeline import Pipeline
 
 FAILED = 2
+_PLANNED = ("run", "retrain", "plan")
 _GROUPS = (
     "source",
     "model",
@@ -116,7 +117,12 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
 
     @hydra.main(config_path="pkg://conf", config_name=job, version_base=None)
     def application(config: DictConfig) -> None:
-        guarded(lambda: run(config, told))  # here too: Hydra would print a traceback and exit with 1
+        guarded(lambda: checked(config))  # here too: Hydra would print a traceback and exit with 1
+
+    def checked(config: DictConfig) -> None:
+        if config.plan and job not in _PLANNED:
+            raise ConfigError(f"plan=true is for {', '.join(_PLANNED[:2])}; `curate plan` says what scores cost")
+        run(config, told)
 
     def told(pipeline: Pipeline) -> None:
         # Said while Ray still runs: should its shutdown take this process with it, the reason is on the screen.
@@ -142,7 +148,7 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
         if any(a.startswith("-") for a in sys.argv[1:]):
             guarded(application)  # --help, --cfg job and other flags of Hydra's own
         else:
-            guarded(lambda: run(compose_config(job, sys.argv[1:]), told))
+            guarded(lambda: checked(compose_config(job, sys.argv[1:])))
 
     return main
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from connectors import storage
-from curate.runtime.output import claim
+from curate.runtime.output import claim, read_recipe
 from curate.runtime.progress import say
 from curate.runtime.tokens import TokenRows, make_tokens
 from curate.runtime.train import TrainSpec, resolved, train
@@ -49,8 +49,12 @@ class Training:
         p = self.pipeline
         spec = TrainSpec(p.store, self.spec, p.model, p.identity, self.tokens)
         place = storage.join(p.sink, self.name)
-        claim(storage.join(place, "recipe.json"), spec.recipe, place)
+        recipe = storage.join(place, "recipe.json")
+        if (stored := read_recipe(recipe, place)) is not None:
+            spec.recipe.refuse_other(stored, place)
+        storage.check_writable(place)
         done = train(spec, p.session, say_line)
+        claim(recipe, spec.recipe, place)  # not before: settings that fail must not bar the place to better ones
         for file in storage.list_files(done["result"]):
             with storage.open_read(file.url) as source, storage.atomic_writer(storage.join(place, file.name)) as target:
                 shutil.copyfileobj(source, target, 1 << 20)

@@ -107,6 +107,8 @@ class AnswerPairs(Evaluator):
     def fingerprint(self) -> dict[str, Any]:
         """See Evaluator."""
         asked = [[p.id, p.prompt, p.positive, p.negative, p.group] for p in self.pairs]
+        if self.exact_match:  # its number may be that of an answer which is no pair's
+            asked = [[*facts, str(p.number)] for facts, p in zip(asked, self.pairs, strict=True)]
         return {
             "pairs": digest_of(asked),
             "count": len(asked),

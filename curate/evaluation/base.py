@@ -17,17 +17,30 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from curate.corpus.example import Message, Prompt
+from curate.errors import ConfigError
 from curate.evaluation.judge import Judge
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an evaluator's prompts are answered. `temperature=0` takes the likeliest token."""
+    """How an evaluator's prompts are answered. `temperature=0` takes the likeliest token.
+
+    Raises:
+        ConfigError: a number out of its range; said here, as engines would say it after hours of other work.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens!r}; expected a whole number, 1 or more")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature is {self.temperature}; it must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,15 @@ class Evaluator(ABC):
         """What changes an item, for recipes: JSON values."""
         raise NotImplementedError
 
+    def check(self, judge: Judge | None) -> None:
+        """Called before any work: whether `items` can ask this judge what it has to ask.
+
+        Raises:
+            ConfigError: it cannot; names the setting.
+        """
+        if self.judged and judge is None:
+            raise ConfigError(f"the evaluator {self.name!r} asks a judge, and there is none")
+
     def prompts(self) -> Sequence[Prompt]:
         """To be answered; ids are unique within the evaluator."""
         return ()
@@ -120,7 +142,7 @@ class Evaluator(ABC):
 
         Args:
             answers: text by prompt id, follow-ups included; empty where the engine had no answer.
-            likelihoods: by candidate id; without those that are too long for the model.
+            likelihoods: by candidate id; without those that are too long for the model or came out not finite.
         """
         raise NotImplementedError
 
@@ -145,7 +167,10 @@ def summarise(
         counts = np.bincount(index).astype(float)
         low = high = None
         if len(names) > 1 and replicates > 0:
-            drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), replicates)
-            low, high = (float(x) for x in np.percentile(drawn @ sums / (drawn @ counts), [2.5, 97.5]))
+            rng, even, means = np.random.default_rng(seed), np.full(len(names), 1 / len(names)), []
+            for start in range(0, replicates, 50):  # a few at once: 1000 resamples of 100,000 groups fill a gigabyte
+                drawn = rng.multinomial(len(names), even, min(50, replicates - start))
+                means.append(drawn @ sums / (drawn @ counts))
+            low, high = (float(x) for x in np.percentile(np.concatenate(means), [2.5, 97.5]))
         out[metric.name] = Measure(float(sums.sum() / counts.sum()), low, high, len(pairs), missing)
     return out

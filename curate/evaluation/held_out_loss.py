@@ -17,6 +17,7 @@ from curate.corpus.example import ColumnMap, Example, content_id, to_example
 from curate.errors import BadRow, ConfigError, near
 from curate.evaluation.base import Candidate, Evaluator, Item, Likelihood, Metric
 from curate.evaluation.judge import Judge
+from curate.evaluation.questions import digest_of
 
 
 class HeldOutLoss(Evaluator):
@@ -55,7 +56,9 @@ class HeldOutLoss(Evaluator):
     def fingerprint(self) -> dict[str, Any]:
         """See Evaluator."""
         text = "".join(content_id(row.messages) for row in self._rows)
-        return {"rows": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "count": len(self._rows)}
+        facts = {"rows": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "count": len(self._rows)}
+        groups = [row.group for row in self._rows]
+        return facts if all(g is None for g in groups) else {**facts, "groups": digest_of(groups)}
 
     def candidates(self) -> list[Candidate]:
         """See Evaluator."""

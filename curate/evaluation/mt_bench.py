@@ -137,11 +137,8 @@ class MTBench(Evaluator):
                 out.append(Prompt(f"{q.id}/2", (*self._system, *turns)))
         return out
 
-    def items(
-        self, answers: Mapping[str, str], likelihoods: Mapping[str, Likelihood], judge: Judge | None
-    ) -> list[Item]:
-        """See Evaluator. One Item a turn; the turns of a question are resampled together. An empty answer has the
-        lowest rating, unasked.
+    def check(self, judge: Judge | None) -> None:
+        """See Evaluator.
 
         Raises:
             ConfigError: there is no judge, or one that cannot be asked this.
@@ -154,6 +151,18 @@ class MTBench(Evaluator):
             raise ConfigError(
                 "the evaluator 'mt_bench' needs a judge that can be asked any question (judge=openai or vllm)"
             )
+
+    def items(
+        self, answers: Mapping[str, str], likelihoods: Mapping[str, Likelihood], judge: Judge | None
+    ) -> list[Item]:
+        """See Evaluator. One Item a turn; the turns of a question are resampled together. An empty answer has the
+        lowest rating, unasked.
+
+        Raises:
+            ConfigError: see `check`.
+        """
+        self.check(judge)
+        assert judge is not None
         turns = [(q, turn, answers.get(f"{q.id}/{turn}", "")) for q in self.questions for turn in (1, 2)]
         said = [(q, turn, answer) for q, turn, answer in turns if answer.strip()]
         pairs = [(judged_question(q, turn, answers.get(f"{q.id}/1", "")), answer) for q, turn, answer in said]

@@ -21,7 +21,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,20 +49,23 @@ class _Fatal(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What is kept of a completion: its text, its first tokens, and the (token, probability) list at the first one."""
+    """What is kept of a completion: its text, its first tokens, and the (token, probability) list at the first one.
+    `cut`: it was ended by max_tokens."""
 
     text: str
     tokens: tuple[str, ...]
     candidates: tuple[tuple[str, float], ...]
     refusal: bool = False
+    cut: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "tokens": self.tokens, "candidates": self.candidates, "refusal": self.refusal}
+        return asdict(self)
 
     @staticmethod
     def from_json(body: dict[str, Any]) -> Answer:
         candidates = tuple((str(t), float(p)) for t, p in body["candidates"])
-        return Answer(str(body["text"]), tuple(map(str, body["tokens"])), candidates, bool(body["refusal"]))
+        tokens = tuple(map(str, body["tokens"]))
+        return Answer(str(body["text"]), tokens, candidates, bool(body["refusal"]), bool(body["cut"]))
 
 
 class OpenAIJudge:
@@ -71,8 +74,9 @@ class OpenAIJudge:
     Args:
         base_url: the endpoint up to `/v1`; None for OpenAI's own. model: the name the endpoint knows.
         api_key_env: the environment variable that holds the key; may be unset for endpoints other than OpenAI's.
-        max_tokens: length of the answer. 1 is enough where 0-100 are single tokens (OpenAI, Llama 3); the default 3
-            lets digit-by-digit tokenizers (Qwen, Gemma) finish the number, whose first digit would else be its score.
+        max_tokens: length of the answer. 1 is enough where 0-100 are single tokens (OpenAI, Llama 3); the default 4
+            lets digit-by-digit tokenizers (Qwen, Gemma; Llama 2 and Mistral, which put a blank before) finish the
+            number, whose first digit would else be its score.
         top_logprobs: candidates per token, at most 20. concurrency: requests under way at once.
         timeout: seconds for one request. attempts: tries in all. backoff: scale of the pauses between them, seconds.
         requests_per_minute: None = no limit.
@@ -87,7 +91,7 @@ class OpenAIJudge:
         model: str,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
-        max_tokens: int = 3,
+        max_tokens: int = 4,
         top_logprobs: int = 20,
         concurrency: int = 16,
         timeout: float = 60.0,
@@ -129,7 +133,7 @@ class OpenAIJudge:
         self._cache = JudgeCache(cache_url) if cache_url else None
         # Retries are ours (tenacity): the client's own would multiply them.
         self._client = openai.OpenAI(api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=0)
-        self._warned = threading.Event()
+        self._warned, self._bare = threading.Event(), threading.Event()
         self.pace = Pace(requests_per_minute)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -230,7 +234,8 @@ class OpenAIJudge:
             return f"status {e.status_code}: {short(e.message)}"
         except MalformedAnswer as e:
             return f"malformed answer: {e}"
-        if self._cache:
+        # Not what came without log-probabilities: a server that is set right has to be asked again.
+        if self._cache and (answer.tokens or answer.refusal):
             self._cache.put(key, answer.to_json())
         return answer
 
@@ -261,10 +266,14 @@ class OpenAIJudge:
                     self.model,
                 )
             number = parse_number(written)
-            if number is None or (len(written) < 3 and len(answer.tokens) == len(written) == self.max_tokens):
+            ended = answer.cut or len(written) == self.max_tokens
+            if number is None or (ended and len(written) < 3 and len(answer.tokens) == len(written)):
                 return JudgeScore(None, reason=f"the judge's number {written!r} is cut off or above 100")
             return JudgeScore(float(number), weighted=False)
         if not answer.candidates:
+            if not self._bare.is_set():
+                self._bare.set()
+                log.warning("the judge at %s gives no log-probabilities; without them there is no score", self.base_url)
             said = f"the endpoint gave no log-probabilities (answer {short(answer.text)!r}); use one that does"
             return JudgeScore(None, reason=said)
         return score_of(answer.candidates, answer.text)
@@ -291,12 +300,13 @@ def read_completion(text: str) -> Answer:
             for s in content
         ]
         refusal = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
+        cut = choice.get("finish_reason") == "length"
         said = str(message.get("content") or "")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         raise MalformedAnswer(f"{type(e).__name__} in {short(text)!r}") from e
     start = next((i for i, (token, _) in enumerate(steps) if token.strip()), 0)
     candidates = steps[start][1] if steps else []
-    return Answer(said, tuple(token for token, _ in steps[start:]), tuple(candidates), refusal)
+    return Answer(said, tuple(token for token, _ in steps[start:]), tuple(candidates), refusal, cut)
 
 
 def _retry_after(error: openai.APIStatusError) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -94,14 +94,8 @@ def fit_head(
     assert chosen is not None  # linear_probe has refused activations without a usable layer
     x = np.asarray(activations[:, chosen], dtype=np.float64)
     y = np.array([value == positive for value in labels])
-    fold = stratified_folds(y, folds) if groups is None else group_folds(groups, folds)
-    usable = [] if fold is None else [k for k in np.unique(fold) if 0 < y[fold != k].sum() < (fold != k).sum()]
-    if fold is None or len(usable) < len(np.unique(fold)):
-        raise ConceptError(
-            f"the judge's probe has {int(y.sum())} rows with the label {positive!r} and {int((~y).sum())} without, too "
-            f"few (or in too few groups) to hold any out; give more labelled rows"
-        )
-    splits = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in usable]
+    fold = held_out_folds(labels, positive, groups, folds)
+    splits = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in np.unique(fold)]
     plain = make_pipeline(StandardScaler(), LogisticRegression(C=1.0 / regularisation, max_iter=2000))
     fitted = CalibratedClassifierCV(plain, method="sigmoid", cv=splits, ensemble=False).fit(x, y)
     scaler, regression = (step for _, step in fitted.calibrated_classifiers_[0].estimator.steps)
@@ -110,6 +104,24 @@ def fit_head(
     c = float(regression.intercept_[0] - w @ scaler.mean_)
     auc = next(p["auc"] for p in found.meta["profile"] if p["layer"] == chosen)
     return ProbeHead(chosen, -slope.a_ * w, float(-slope.a_ * c - slope.b_), auc)
+
+
+def held_out_folds(
+    labels: Sequence[Any], positive: Hashable, groups: Sequence[Hashable] | None = None, folds: int = 5
+) -> Int[np.ndarray, " n"]:
+    """The fold in which each row is held out.
+
+    Raises:
+        ConceptError: one class only, or too few rows or groups: without a fold, both classes are left in every case.
+    """
+    y = np.array([value == positive for value in labels])
+    fold = stratified_folds(y, folds) if groups is None else group_folds(groups, folds)
+    if fold is None or not all(0 < y[fold != k].sum() < (fold != k).sum() for k in np.unique(fold)):
+        raise ConceptError(
+            f"the judge's probe has {int(y.sum())} rows with the label {positive!r} and {int((~y).sum())} without, too "
+            f"few (or in too few groups) to hold any out; give more labelled rows"
+        )
+    return fold
 
 
 class ProbeJudge:

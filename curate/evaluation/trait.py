@@ -90,28 +90,39 @@ class TraitScore(Evaluator):
         """See Evaluator. Ids are `<question>/<sample>`: one text, several answers."""
         return [Prompt(name, self._turns(q)) for name, q in self._asked()]
 
+    def check(self, judge: Judge | None) -> None:
+        """See Evaluator.
+
+        Raises:
+            ConfigError: there is no judge, no template for one that needs it, or one that cannot be asked for the
+                coherence that `min_coherence` needs.
+        """
+        if judge is None or isinstance(judge, NoJudge):
+            raise ConfigError("the evaluator 'trait' needs a judge; choose one, for example judge=openai judge.model=…")
+        if not reads_template(judge):
+            if self._min_coherence is not None:
+                raise ConfigError(
+                    "trait.min_coherence needs a judge that can be asked for coherence (judge=openai or vllm)"
+                )
+        elif bare := [q.id for q in self.questions if not q.judge_prompt]:
+            raise ConfigError(f"trait question {bare[0]!r} has no judge_prompt; add one to its file")
+
     def items(
         self, answers: Mapping[str, str], likelihoods: Mapping[str, Likelihood], judge: Judge | None
     ) -> list[Item]:
         """See Evaluator. One Item an answer.
 
         Raises:
-            ConfigError: there is no judge, or no template for one that needs it.
+            ConfigError: see `check`.
         """
-        if judge is None or isinstance(judge, NoJudge):
-            raise ConfigError("the evaluator 'trait' needs a judge; choose one, for example judge=openai judge.model=…")
+        self.check(judge)
+        assert judge is not None
         templates = reads_template(judge)
-        if templates and (bare := [q.id for q in self.questions if not q.judge_prompt]):
-            raise ConfigError(f"trait question {bare[0]!r} has no judge_prompt; add one to its file")
         asked = [(name, q, answers.get(name, "")) for name, q in self._asked()]
         said = [(name, q, answer) for name, q, answer in asked if answer.strip()]
         trait = _scores(judge, [(name, q.text, answer, q.judge_prompt) for name, q, answer in said])
         # A judge that has one question only would give the trait's score once more.
         wanted = [(name, q.text, answer, q.coherence_prompt) for name, q, answer in said if q.coherence_prompt]
-        if not templates and self._min_coherence is not None:
-            raise ConfigError(
-                "trait.min_coherence needs a judge that can be asked for coherence (judge=openai or vllm)"
-            )
         coherence = _scores(judge, wanted) if templates else {}
         return [
             self._item(name, q, answer, trait.get(name), coherence.get(name), templates and bool(q.coherence_prompt))

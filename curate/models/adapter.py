@@ -101,8 +101,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def rank(folder: Path) -> int:
-    """The largest rank among the adapter's matrices."""
+    """The largest rank among the adapter's matrices.
+
+    Raises:
+        ModelError: it is no LoRA adapter.
+    """
     config = config_of(folder)
+    if not isinstance(config.get("r"), int):
+        raise ModelError(f"the adapter {folder} is of the kind {config.get('peft_type')!r}; only LoRA can be used")
     return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
@@ -113,8 +119,12 @@ def check_fits(model: PreTrainedModel, folder: Path, base: Mapping[str, Any] | N
         ModelError: the adapter was trained on another base, as its shapes show, or as it says itself.
     """
     check_folder(folder)
+    rank(folder)
     if base is not None and (folder / BASE).is_file():
-        said = json.loads((folder / BASE).read_text(encoding="utf-8"))
+        try:
+            said = dict(json.loads((folder / BASE).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{folder / BASE} is broken: {error}") from error
         other = next((k for k in ("digest", "adapter") if k in said and said[k] != base.get(k)), None)
         if other is not None:
             raise ModelError(
@@ -149,6 +159,7 @@ def _adapted(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"{refusal}: {error}") from error
     left_out = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(shapes)
     if left_out:
+        cast(Any, adapted).unload()
         raise ModelError(f"{refusal}: it has no weights for {len(left_out)} modules, such as {min(left_out)!r}")
     return adapted
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -43,7 +45,7 @@ class Effect:
     highest- or lowest-scored rows are removed (mean over fractions and seeds; None where there is nothing to compare).
     apart: `least` minus `most` arms at the same share removed, mean over the shares; above zero where the score is
     right. by_seed: the same of each seed. low, high: 95 % t-interval of its mean over seeds, None below two seeds.
-    chance: the largest |apart| that one seed of the random rankings came to, None where they have no modes.
+    chance: how far chance alone came, see `luck`; None where it is not known.
     """
 
     column: str | None
@@ -57,8 +59,9 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """right, wrong, unclear (the interval holds zero, or random rankings came as far), single (one seed: no
-        interval) or none (nothing measured). With few seeds an interval is narrow by luck too often to be asked alone.
+        """right, wrong, unclear (the interval holds zero, or two random rankings came as far apart), single (one seed:
+        no interval) or none (nothing measured). With few seeds an interval is narrow by luck too often to be asked
+        alone; where chance is not known it is, and the page says so.
         """
         if self.apart is None:
             return "none"
@@ -123,8 +126,41 @@ def effects(data: RetrainData, key: str) -> list[Effect]:
         if column is None and not {removes_most(a.mode) for a in arms} >= {True, False}:
             continue
         out.append(_effect(data, key, column, arms, chance))
-    luck = next((max(abs(v) for v in e.by_seed) for e in out if e.column is None and e.by_seed), None)
-    return [replace(e, chance=luck) for e in out]
+    found = luck(data, key)
+    return [replace(e, chance=found) for e in out]
+
+
+def luck(data: RetrainData, key: str) -> float | None:
+    """How far apart models come that differ by chance alone: the largest |difference|, as mean over the shares removed
+    that both have, of two random rankings. Of one seed where a seed has several (or both ends of one are removed, which
+    is the same thing); else of any two, less what the seeds themselves differ by in the arms of the methods, as “apart”
+    is a difference within a seed. None below two.
+    """
+    rankings: dict[tuple[int | None, str | None, bool | None], dict[float, float]] = {}
+    methods: dict[int | None, dict[tuple, float]] = {}
+    for arm in data.arms:
+        value, removed = data.value(arm, key), arm.removed
+        if value is None or removed is None:
+            continue
+        share = round(removed, 6)
+        if arm.kind == "random":
+            rankings.setdefault((arm.seed, arm.column, removes_most(arm.mode)), {})[share] = value
+        elif arm.kind == "method":
+            methods.setdefault(arm.seed, {})[arm.column, arm.mode, share] = value
+    pairs = list(combinations(rankings, 2))
+    pairs = [(a, b) for a, b in pairs if a[0] == b[0]] or pairs
+    apart = []
+    for a, b in pairs:
+        found = _mean_difference(rankings[a], rankings[b])
+        seeds = _mean_difference(methods.get(a[0], {}), methods.get(b[0], {})) or 0.0
+        apart += [abs(found - seeds)] if found is not None else []
+    return max(apart, default=None)
+
+
+def _mean_difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> float | None:
+    """Mean of a − b over what both have; None where that is nothing."""
+    both = sorted(a.keys() & b.keys(), key=str)
+    return float(np.mean([a[k] - b[k] for k in both])) if both else None
 
 
 def _effect(

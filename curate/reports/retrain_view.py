@@ -49,6 +49,7 @@ def context(data: RetrainData) -> dict[str, Any]:
         "controls": _levels(found),
         "curves": _curves(data, data.trait, found, names, looks, "trait", 330),
         "effects": _effect_rows(moved, names, looks),
+        "chance": next((alike([e.chance])[0] for e in moved if e.chance is not None), None),
         "pareto": _pareto(data, looks, names),
         "others": [
             {"metric": data.metrics[k], "pictures": pictures}
@@ -200,7 +201,7 @@ def _pareto(data: RetrainData, looks: dict[str, draw.Look], names: dict[str, str
     if data.capability is None or data.capability == data.trait:
         return None
     across, up = data.metrics[data.capability], data.metrics[data.trait]
-    better = (-1 if across.sense == "loss" else 1, -1)
+    better = (-1 if across.sense == "loss" else 1, 1 if up.sense == "capability" else -1)
     found = []
     for group in groups(data, data.trait):
         both = [a for a in group.arms if data.value(a, data.trait) is not None]

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from curate import errors
-from curate.errors import CurateError
+from curate.errors import CurateError, WorkerError
 from curate.runtime.inline import is_inline
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool
@@ -59,9 +59,17 @@ class Crew:
         self._members: list[Any] = []
         self._here: Any = None  # the one state of an inline run
 
-    def map(self, act: Callable[[State, Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
+    def map(
+        self,
+        act: Callable[[State, Item], Answer],
+        items: Sequence[Item],
+        lost: Callable[[Item, WorkerError], Answer] | None = None,
+    ) -> Iterator[Answer]:
         """`act(state, item)` for every item, begun in the order of `items` (put the largest first); an item whose
         actor dies is done again by the one that replaces it.
+
+        Args:
+            lost: the answer for an item whose actors died again and again; None: such an item ends the round.
 
         Raises:
             CurateError: raised in an actor; the first one ends the round.
@@ -77,16 +85,23 @@ class Crew:
         self._grow(len(items))
         idle = list(self._members)
         at = 0
-        running: dict[Any, Any] = {}
+        running: dict[Any, tuple[Any, Item]] = {}
         try:
             while at < len(items) or running:
                 while idle and at < len(items):
                     member = idle.pop()
-                    running[member.work.remote(act, items[at])] = member
+                    running[member.work.remote(act, items[at])] = member, items[at]
                     at += 1
                 (done, *_), _ = ray.wait(list(running), num_returns=1)
-                idle.append(running.pop(done))
-                answer, error = ray.get(done)
+                member, item = running.pop(done)
+                idle.append(member)
+                try:
+                    answer, error = ray.get(done)
+                except ray.exceptions.RayError as e:
+                    said = worded(e)
+                    if lost is None or not isinstance(said, WorkerError):
+                        raise
+                    answer, error = lost(item, said), None
                 if error is not None:
                     raise getattr(errors, error[0], CurateError)(error[1])
                 yield answer

@@ -110,6 +110,8 @@ def evaluate(
     todo = [job for job in jobs if missing.get(job.url) is job]
     if len(missing) < (distinct := len({job.url for job in jobs})):
         say("evaluate: resuming", evaluations_done=distinct - len(missing), evaluations_left=len(missing))
+    if todo:
+        storage.check_writable(storage.join(spec.store, "evaluations"))  # before the work, not after
     judged = []
     for model in dict.fromkeys(job.model for job in todo):
         mine = {id(job.case): job for job in todo if job.model == model}
@@ -130,11 +132,12 @@ def evaluate(
 def check_judge(evaluators: Mapping[str, Evaluator], judge: Judge | None) -> None:
     """
     Raises:
-        ConfigError: an evaluator asks a judge, and there is none.
+        ConfigError: an evaluator asks a judge, and there is none, or one that cannot be asked this.
     """
     for label, evaluator in evaluators.items():
         if evaluator.judged and (judge is None or judge.fingerprint().get("judge") == "none"):
             raise ConfigError(f"the evaluator {label!r} asks a judge; name one with judge=… (`curate evaluate --help`)")
+        evaluator.check(judge)
 
 
 def _jobs(
@@ -148,12 +151,16 @@ def _jobs(
         raise ConfigError(f"two models to evaluate have the name {twice!r}; give each its own")
     wholes: dict[ModelSpec, _Whole] = {}
     fingerprints = {label: [e.name, e.fingerprint()] for label, e in evaluators.items()}
+    asks = {label: (bool(e.prompts()), bool(e.candidates())) for label, e in evaluators.items()}
     out = []
     for m in models:
         model = spec.model if m.model is None else replace(m.model, dtype=spec.model.dtype)
-        whole = wholes.setdefault(model, _Whole(model))
+        if model not in wholes:  # not setdefault: what is known of a model takes seconds to find out
+            wholes[model] = _Whole(model)
+        whole = wholes[model]
         worn = whole.check(m.adapter)
         for label, evaluator in evaluators.items():
+            generates, reads = asks[label]
             fields = {
                 "code": __version__,
                 "model": whole.identity,
@@ -161,8 +168,8 @@ def _jobs(
                 "tokenizer": whole.tokenizer,
                 "max_tokens": spec.max_tokens,
                 "evaluator": fingerprints[label],
-                "sampling": _sampling_facts(spec.generation, evaluator) if evaluator.prompts() else None,
-                "dtype": model.dtype if evaluator.candidates() else None,
+                "sampling": _sampling_facts(spec.generation, evaluator) if generates else None,
+                "dtype": model.dtype if reads else None,
             }
             said = storage.join(spec.store, "responses", Recipe("responses", fields).digest)
             asked = judge.fingerprint() if evaluator.judged and judge is not None else None

@@ -76,7 +76,7 @@ def save_items(folder: str, items: Sequence[Item], metrics: Sequence[Metric]) ->
 
 
 def load_items(folder: str) -> list[Item]:
-    """The items of an evaluation (`Evaluation.url`).
+    """The items of an evaluation (`Evaluation.url`). A metric that does not apply to an item is None in it as well.
 
     Raises:
         StorageError: there are none.

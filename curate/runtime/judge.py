@@ -28,7 +28,7 @@ from curate.evaluation.classifier_judge import ClassifierJudge, ClassifierSpec
 from curate.evaluation.engine_judge import EngineJudge
 from curate.evaluation.judge import Judge, JudgeScore, not_unicode
 from curate.evaluation.judge_cache import SegmentCache, content_key
-from curate.evaluation.probe_judge import ProbeHead, ProbeJudge, fit_head
+from curate.evaluation.probe_judge import ProbeHead, ProbeJudge, fit_head, held_out_folds
 from curate.models.engines import GenerationSpec, make_engine
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
@@ -170,10 +170,12 @@ def engine_judge(
 ) -> PoolJudge:  # fmt: skip
     """A chat model on the engines' pool. `generation`: engine and precision, decided; `max_tokens`: the longest filled
     template, in the judge's tokens."""
+    tokenizer = load_tokenizer(model)
+    Renderer(tokenizer, max_tokens)  # says what is wrong with a base model, before the answers are made
     facts = {
         "judge": "engine",
         "model": dict(identity),
-        "tokenizer": tokenizer_digest(load_tokenizer(model)),
+        "tokenizer": tokenizer_digest(tokenizer),
         "engine": generation.engine,
         "dtype": generation.dtype,
         "max_tokens": max_tokens,
@@ -184,8 +186,7 @@ def engine_judge(
 
 
 def _engine(model: ModelSpec, generation: GenerationSpec, max_tokens: int) -> Mark:
-    renderer = Renderer(load_tokenizer(model), max_tokens)  # first: it says what is wrong with a base model
-    return EngineJudge(make_engine(model, generation), renderer)
+    return EngineJudge(make_engine(model, generation), Renderer(load_tokenizer(model), max_tokens))
 
 
 # a classifier
@@ -237,7 +238,11 @@ def probe_judge(spec: ProbeSpec, recipe: Mapping[str, Any], store: str, session:
 
     Args:
         recipe: what `spec.rows` were read from (files, columns, how many).
+
+    Raises:
+        ConceptError: rows of one class, or too few to hold any out.
     """
+    held_out_folds(spec.rows.labels, spec.positive, spec.rows.groups)  # before the answers are made
     facts = {
         "judge": "probe",
         "model": dict(spec.identity),

@@ -7,6 +7,7 @@ under it; the cases of one adapter stand together, so that each is loaded once a
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -70,6 +71,8 @@ def respond(cases: Sequence[Case], how: Asking, session: Session) -> Iterator[Ca
     questions = _Questions(how.model, how.max_tokens)
     scored = [c for c in cases if c.evaluator.candidates() and load_likelihoods(c.folder) is None]
     asked = [c for c in cases if c.evaluator.prompts() and load_answers(c.folder) is None]
+    for case in asked:  # says what cannot be asked before anything is
+        questions.prompts(case.label, case.evaluator)
     yield from (c for c in cases if c not in scored and c not in asked)
     for case in _score(scored, how, questions, session):
         if case not in asked:
@@ -160,14 +163,21 @@ def _score(cases: Sequence[Case], how: Asking, questions: _Questions, session: S
             blocks.append(_Candidates(at, case.adapter, ids, rendered))
     left = [sum(b.case == at for b in blocks) for at in range(len(cases))]
     found: list[dict[str, Likelihood]] = [{} for _ in cases]
+    lost = [0 for _ in cases]
     progress = Progress("likelihoods", sum(len(b.ids) for b in blocks), unit="candidates")
     make = partial(_Reader, how.model, session.token_budget, max(1, round(session.scorers.cpus)))
     with Crew(make, session.scorers, how.accelerator) as crew:
         for block, values in crew.map(_read, blocks):
-            found[block.case].update(zip(block.ids, values, strict=True))
+            # Of a model that training has driven apart: no number to compare with.
+            known = {i: v for i, v in zip(block.ids, values, strict=True) if math.isfinite(v.nats)}
+            lost[block.case] += len(values) - len(known)
+            found[block.case].update(known)
             progress.add(len(values), sum(len(r.input_ids) for r in block.rendered))
             left[block.case] -= 1
             if not left[block.case]:
+                if lost[block.case]:
+                    who = cases[block.case].adapter or how.model.path
+                    say(f"WARNING: {cases[block.case].label}: {lost[block.case]} likelihoods by {who} are not finite")
                 save_likelihoods(cases[block.case].folder, found[block.case])
                 yield cases[block.case]
     progress.close()

@@ -24,7 +24,7 @@ from curate.runtime.inline import inline, is_inline
 from curate.runtime.progress import Progress, say
 from curate.runtime.session import Session
 from curate.runtime.stream import worded
-from curate.runtime.train import TrainSpec, finished, train
+from curate.runtime.train import TrainSpec, Watch, finished, train
 
 _ACCELERATOR = "accelerator_type:"
 
@@ -57,19 +57,21 @@ def slots(session: Session, workers: int, at_once: int | None) -> Slots:
         return Slots(1)
     if not pool.gpus:
         return Slots(max(1, min(at_once or pool.size, pool.size // workers)))
-    kinds: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()  # trainings' processes that fit the nodes of a kind
     for node in ray.nodes():
         have = node["Resources"] if node["Alive"] else {}
         for name in have:
             if name.startswith(_ACCELERATOR):
-                kinds[name.removeprefix(_ACCELERATOR)] += int(have.get("GPU", 0) // pool.gpus)
+                fit = have.get("GPU", 0) / pool.gpus, have.get("CPU", 0) / max(pool.cpus, 1e-9)
+                kinds[name.removeprefix(_ACCELERATOR)] += int(min(fit))
     if not kinds:
         return Slots(max(1, min(at_once or pool.size, pool.size // workers)))
-    kind, gpus = min(kinds.items(), key=lambda k: (-k[1], k[0]))
+    kind, places = min(kinds.items(), key=lambda k: (-k[1], k[0]))
+    places = min(places, pool.size)  # cluster.workers counts here too; an actor that does not fit would never start
     if len(kinds) > 1:
         others = ", ".join(sorted(set(kinds) - {kind}))
         say(f"sweep: all trainings run on {kind}; left idle: {others}")
-    return Slots(max(1, min(at_once or gpus, gpus // workers)), kind)
+    return Slots(max(1, min(at_once or places, places // workers)), kind)
 
 
 def run_trainings(specs: Mapping[str, TrainSpec], session: Session, at_once: int | None) -> dict[str, Outcome]:
@@ -88,22 +90,40 @@ def run_trainings(specs: Mapping[str, TrainSpec], session: Session, at_once: int
     # The largest first, so that none is left over at the end; largest by the rows it trains on.
     todo.sort(key=lambda key: -_rows(specs[key]))
     progress = Progress("sweep", len(specs), len(out), "trainings")
-    for key, done, failed in _each([(k, replace(specs[k], accelerator=room.accelerator)) for k in todo], session, room):
-        out[key] = Outcome(done, failed, now=True)
-        progress.add(1, done["tokens"] if done else 0)
-        if done is None:
-            say(f"WARNING: the training {key} failed: {failed}")
-        else:
-            say(
-                f"sweep: trained {key}",
-                rows=done["rows"],
-                steps=done["steps"],
-                loss=f"{done['first_loss']:.3f}→{done['final_loss']:.3f}",
-                seconds=f"{done['seconds']:.1f}",
-                done=f"{progress.rows}/{progress.total}",
-            )
+
+    def under_way() -> dict[str, str]:
+        # They are begun in this order, so that the first which have not ended are those that run.
+        return {key: specs[key].url for key in [k for k in todo if k not in out][: room.at_once]}
+
+    items = [(key, replace(specs[key], accelerator=room.accelerator)) for key in todo]
+    with Watch(under_way, _say_lines):
+        for key, done, failed in _each(items, session, room):
+            out[key] = Outcome(done, failed, now=True)
+            progress.add(1, done["tokens"] if done else 0)
+            _say_end(key, done, failed, f"{progress.rows}/{progress.total}")
     progress.close()
     return {key: out[key] for key in specs}
+
+
+def _say_lines(lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """How far the trainings are that run now, in one line: a long one is not to be silent until it ends."""
+    step, of = (sum(line[name] for line in lines.values()) for name in ("step", "of"))
+    rate = sum(line["tokens"] / max(line["seconds"], 1e-9) for line in lines.values())
+    say(f"sweep: {len(lines)} under way, {step:,}/{of:,} of their steps", rate=f"{rate:.0f} tokens/s")
+
+
+def _say_end(key: str, done: Mapping[str, Any] | None, failed: str | None, count: str) -> None:
+    if done is None:
+        say(f"WARNING: the training {key} failed: {failed}")
+        return
+    say(
+        f"sweep: trained {key}",
+        rows=done["rows"],
+        steps=done["steps"],
+        loss=f"{done['first_loss']:.3f}→{done['final_loss']:.3f}",
+        seconds=f"{done['seconds']:.1f}",
+        done=count,
+    )
 
 
 def _rows(spec: TrainSpec) -> int:
@@ -120,7 +140,7 @@ def _each(items: Sequence[_Item], session: Session, room: Slots) -> Iterator[_An
     elif items[0][1].training.workers == 1:
         pool = replace(session.scorers, size=room.at_once)
         with Crew(partial(_alone, session), pool, room.accelerator) as crew:
-            yield from crew.map(_in_actor, items)
+            yield from crew.map(_in_actor, items, _lost)
     else:
         yield from _tasks(items, session, room.at_once)
 
@@ -133,6 +153,17 @@ def _alone(session: Session) -> Session:
 def _in_actor(session: Session, item: _Item) -> _Answer:
     with inline():
         return _try(session, item)
+
+
+def _lost(item: _Item, error: WorkerError) -> _Answer:
+    """Of a training whose processes died again and again: no reason to end the others."""
+    return (
+        item[0],
+        None,
+        f"{type(error).__name__}: its process died again and again. The usual cause is too little memory: lower "
+        f"training.micro_batch, source.max_tokens or sweep.at_once, or set training.gradient_checkpointing=true. "
+        f"Workers' logs lie below /tmp/ray/session_latest/logs",
+    )
 
 
 def _try(session: Session, item: _Item) -> _Answer:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,7 @@ from curate.runtime.session import Session
 from curate.runtime.tokens import TokenRows
 from curate.training.log import read_log
 from curate.training.rows import PART_COLUMNS, load_rows
+from curate.training.scratch import scratch
 from curate.training.spec import TrainingSpec
 
 DONE, FAILED = "done.json", "failed.json"
@@ -107,13 +108,12 @@ def losses(url: str) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_log(url)]
 
 
-def train(
-    spec: TrainSpec, session: Session, told: Callable[[dict[str, Any]], None] = lambda line: None
-) -> dict[str, Any]:
+def train(spec: TrainSpec, session: Session, told: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train, or go on, or find it done.
 
     Args:
-        told: called every few seconds with the newest line of the log (training/log.py), from a thread of its own.
+        told: called every few seconds with the newest line of the log (training/log.py), from a thread of its own;
+            None: nobody asks, so that the log is not read.
 
     Raises:
         TrainingError: no rows, or a loss that is no number. ConfigError: more workers than the cluster holds, targets
@@ -124,13 +124,14 @@ def train(
         return done
     claim(storage.join(spec.url, "recipe.json"), spec.recipe, spec.url)
     storage.remove_stale_temps(spec.url)
+    heard = Watch(lambda: {"": spec.url}, lambda lines: told(lines[""])) if told is not None else nullcontext()
     if is_inline():
         if spec.training.workers > 1:
             raise ConfigError(f"training.workers={spec.training.workers} needs Ray; inline runs have one process")
-        with _Watch(spec.url, told):
+        with heard:
             return _work(spec, max(1, round(session.scorers.cpus)), lambda line: None)
     storage.remove(storage.join(spec.url, FAILED))
-    with _Watch(spec.url, told):
+    with heard:
         _by_ray(spec, session)
     return _outcome(spec)
 
@@ -140,7 +141,7 @@ def _work(spec: TrainSpec, threads: int, report: Callable[[dict[str, Any]], None
     from curate.training.finetune import finetune  # seconds, which a driver should not pay
 
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="curate-rows-") as folder:
+    with scratch("rows") as folder:
         rows = load_rows(spec.tokens.parts, spec.keep, folder, lambda urls: read_parts(urls, PART_COLUMNS))
         return finetune(spec.training, spec.model, rows, spec.url, report, spec.identity)
 
@@ -173,7 +174,7 @@ def _by_ray(spec: TrainSpec, session: Session) -> None:
         )
     # Workers stay in the driver's folder, where relative places mean the same.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    with tempfile.TemporaryDirectory(prefix="curate-ray-train-") as scratch:
+    with scratch("ray") as notes:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"spec": spec, "threads": max(1, round(pool.cpus))},
@@ -185,7 +186,7 @@ def _by_ray(spec: TrainSpec, session: Session) -> None:
             ),
             run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs show version 1
                 name=spec.recipe.digest,
-                storage_path=scratch,  # of Ray Train's own notes; checkpoints are ours
+                storage_path=str(notes),  # of Ray Train's own notes; checkpoints are ours
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
@@ -214,21 +215,28 @@ def _outcome(spec: TrainSpec) -> dict[str, Any]:
     return done
 
 
-class _Watch:
-    """Reads the log of a training that other processes write, and passes its newest line on."""
+class Watch:
+    """Reads the logs of trainings that other processes write, and passes on what is new, from a thread of its own.
 
-    def __init__(self, url: str, told: Callable[[dict[str, Any]], None]) -> None:
-        self.url, self.told = url, told
+    `under_way` gives their URLs by name, now; `told` gets the newest line of each that has one, by name.
+    """
+
+    def __init__(
+        self, under_way: Callable[[], Mapping[str, str]], told: Callable[[dict[str, dict[str, Any]]], None]
+    ) -> None:
+        self.under_way, self.told = under_way, told
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
 
     def _look(self) -> None:
-        last = -1
+        last: dict[str, int] = {}
         while not self.over.wait(EVERY_SECONDS):
-            lines = read_log(self.url)
-            if lines and lines[-1]["step"] != last:
-                last = lines[-1]["step"]
-                self.told(lines[-1])
+            logs = {name: read_log(url) for name, url in self.under_way().items()}
+            lines = {name: log[-1] for name, log in logs.items() if log}
+            steps = {name: line["step"] for name, line in lines.items()}
+            if lines and steps != last:
+                last = steps
+                self.told(lines)
 
     def __enter__(self) -> None:
         self.thread.start()

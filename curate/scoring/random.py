@@ -25,12 +25,14 @@ class Random(Scorer):
         return [self.name]
 
     def score(self, batch: Batch) -> Columns:
-        return {self.name: np.array([self._uniform(e.id) for e in batch.examples], dtype=np.float64)}
+        return {self.name: np.array([uniform(self.seed, e.id) for e in batch.examples], dtype=np.float64)}
 
     def fingerprint(self) -> dict[str, Any]:
         return {"method": self.name, "seed": self.seed}
 
-    def _uniform(self, example_id: str) -> float:
-        data = f"{self.seed}\0{example_id}".encode("utf-8", "surrogatepass")
-        # 53 bits: what a float64 in [0, 1) can hold without rounding up to 1.
-        return (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 11) * 2.0**-53
+
+def uniform(seed: int, example_id: str) -> float:
+    """A number in [0, 1) that depends on these two alone."""
+    data = f"{seed}\0{example_id}".encode("utf-8", "surrogatepass")
+    # 53 bits: what a float64 in [0, 1) can hold without rounding up to 1.
+    return (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 11) * 2.0**-53

@@ -18,6 +18,7 @@ from curate.scoring.base import Scorer
 from curate.scoring.bm25 import BM25
 from curate.scoring.embedding_similarity import EmbeddingSimilarity
 from curate.scoring.influence import ConceptInfluence, GradientProduct, InfluenceFunction
+from curate.scoring.known_label import KnownLabel
 from curate.scoring.loss_gradient_alignment import LossGradientAlignment
 from curate.scoring.projection_difference import ProjectionDifference
 from curate.scoring.random import Random
@@ -32,6 +33,7 @@ SCORERS: dict[str, type[Scorer]] = {
         ProjectionDifference,
         LossGradientAlignment,
         Random,
+        KnownLabel,
         ResponseLength,
         ActivationNorm,
         BM25,

@@ -143,10 +143,16 @@ def make_table(columns: Mapping[str, Float[np.ndarray, " n"]], sweep: SweepSpec)
     alike, there is one for every number of rows that an arm of a column keeps.
 
     Raises:
-        ConfigError: no column, no row that all columns score, columns of several lengths, or an arm with no rows left.
+        ConfigError: no column, no row that all columns score, columns of several lengths, an arm with no rows left, or
+            a column whose arms would have the names of the random controls.
     """
     if not columns:
         raise ConfigError("a sweep needs at least one score column")
+    if RANDOM in columns and sweep.random:
+        raise ConfigError(
+            f"sweep.columns has {RANDOM!r}, and sweep.random={sweep.random} asks for random controls of the same name; "
+            f"leave the column out, or set sweep.random=0"
+        )
     sizes = {len(values) for values in columns.values()}
     if len(sizes) > 1:
         raise ConfigError(f"the score columns have several lengths ({sorted(sizes)}); they must be of the same rows")

@@ -8,10 +8,10 @@ torch.distributed has it.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +32,7 @@ from curate.training.batches import BatchRows, StepPlan, make_batch
 from curate.training.log import TrainingLog
 from curate.training.loss import sum_response_loss
 from curate.training.rows import row_lengths
+from curate.training.scratch import scratch
 from curate.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
@@ -79,14 +80,18 @@ def finetune(
     if not len(rows):
         raise TrainingError("there are no rows to train on")
     run = _Run(training, model, rows, url, report, base)
-    with seeded(training.seed), tempfile.TemporaryDirectory(prefix="curate-training-") as temporary:
+    with seeded(training.seed), scratch("checkpoints") as folder:
         try:
-            return run.go(Path(temporary))
+            return run.go(folder)
         except torch.OutOfMemoryError as error:
             raise WorkerError(
                 f"the training does not fit the device's memory ({str(error).split('. ')[0]}). Lower "
                 f"training.micro_batch or source.max_tokens, or set training.gradient_checkpointing=true"
             ) from error
+        finally:
+            gc.collect()  # the Trainer's circles hold model and optimizer, where the next training wants the memory
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 class _Trainer(Trainer):

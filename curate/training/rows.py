@@ -1,7 +1,7 @@
 """Rows to train on: the kept rows of a corpus' token parts, as one Arrow file that is mapped into memory.
 
-In: parts in the order of the corpus, and which rows to keep. Out: a datasets.Dataset of (input_ids, start). One part
-is in memory at a time. Knows no model.
+In: parts in the order of the corpus, and which rows to keep. Out: a datasets.Dataset of (input_ids, start). In memory
+are the parts that `read` reads ahead, never the corpus. Knows no model.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ class TrainingSpec:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"training.seed is {self.seed}; it must be at least 0 and below 2³²")
         if not self.learning_rate > 0:
             raise ConfigError(f"training.learning_rate is {self.learning_rate}; it must be positive")
         if self.batch_size % self.workers:

@@ -130,6 +130,12 @@ def test_fingerprints(path, tmp_path):
         {"system": "x"},
     ):
         assert AnswerPairs(path, **change).fingerprint() != first
+    # The same pairs, since what is on both sides is left out; but another number is right.
+    numbers = [write(tmp_path / f"{n}.jsonl", [{"prompt": "q", "positive": [n, "6"], "negative": [n, "8"]}])
+               for n in ("4", "5")]  # fmt: skip
+    four, five = (AnswerPairs(n, exact_match=True) for n in numbers)
+    assert [(p.positive, p.negative) for p in four.pairs] == [(p.positive, p.negative) for p in five.pairs]
+    assert four.fingerprint() != five.fingerprint()
 
 
 @pytest.mark.parametrize(

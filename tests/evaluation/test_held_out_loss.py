@@ -48,6 +48,8 @@ def test_fingerprint_follows_the_text_and_not_the_place(rows, tmp_path):
     copy.write_bytes(rows.read_bytes())
     assert HeldOutLoss(str(copy)).fingerprint() == HeldOutLoss(str(rows)).fingerprint()
     assert HeldOutLoss(str(rows), max_rows=5).fingerprint() != HeldOutLoss(str(rows)).fingerprint()
+    # Groups decide the interval.
+    assert HeldOutLoss(str(rows), columns={"group": "group"}).fingerprint() != HeldOutLoss(str(rows)).fingerprint()
 
 
 def test_bad_input(rows, tmp_path):

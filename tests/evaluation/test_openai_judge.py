@@ -45,7 +45,7 @@ def test_the_request_and_the_weighted_score(monkeypatch):
     assert headers["authorization"] == "Bearer secret-key"
     assert body["messages"] == [{"role": "user", "content": "Q: What {answer}?\nA: It is é \u202e <b>."}]
     assert body["model"] == "judge-model"
-    assert (body["temperature"], body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (0.0, True, 20, 3)
+    assert (body["temperature"], body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (0.0, True, 20, 4)
     assert "secret-key" not in json.dumps(j.fingerprint())
 
 
@@ -89,11 +89,17 @@ def test_digit_by_digit_tokenizers_give_the_written_number(caplog):
     assert one(completion([("8", {"8": 1.0}), ("5", {}), ("0", {})])).reason.startswith("the judge's number '850'")
     # stopped by the limit after two digits: 10, or the start of 100?
     assert one(completion(hundred[:2]), max_tokens=2).value is None
+    # Llama 2 and Mistral begin with a blank token
+    blank = [("", {"": 1.0}), *hundred]
+    assert one(completion(blank)).value == 100.0
+    short = completion(blank[:3])
+    short["choices"][0]["finish_reason"] = "length"
+    assert one(short, max_tokens=3).reason == "the judge's number '10' is cut off or above 100"
     # a single token is the formula's business, as is a number that merely ends the answer
     assert one(completion([("8", {"8": 0.5, "6": 0.5}), (".", {})])) == JudgeScore(pytest.approx(7.0))
 
 
-def test_missing_log_probabilities():
+def test_missing_log_probabilities(caplog):
     body = completion([], text="85")
     for logprobs in (None, {}, {"content": None}, {"content": []}):
         body["choices"][0]["logprobs"] = logprobs
@@ -102,6 +108,15 @@ def test_missing_log_probabilities():
         assert score.reason == "the endpoint gave no log-probabilities (answer '85'); use one that does"
     del body["choices"][0]["logprobs"]
     assert one(body).value is None
+    assert "gives no log-probabilities; without them" in caplog.text
+
+
+def test_answers_without_log_probabilities_are_not_kept(tmp_path):
+    bare = completion([], text="85")
+    with serve(lambda body, n: bare if n == 0 else GOOD) as endpoint:
+        j = judge(endpoint, cache_url=str(tmp_path))
+        assert j.score([("q", "a")], TEMPLATE)[0].value is None
+        assert j.score([("q", "a")], TEMPLATE)[0].value is not None  # the server has been set right
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 408])

@@ -49,5 +49,17 @@ def test_wrong_ones_are_named(settings, says):
         make_evaluators(settings)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"temperature": -1}, "temperature is -1"),
+     ({"top_p": 0}, "top_p is 0"), ({"max_new_tokens": "8"}, "max_new_tokens is '8'")],
+)  # fmt: skip
+def test_sampling_out_of_range_is_said_at_once(tmp_path, change, says):
+    path = tmp_path / "t.yaml"
+    path.write_text("name: t\nevaluate_questions: [why]\n")
+    with pytest.raises(ConfigError, match=says):
+        make_evaluators({"trait": {"path": str(path), **change}})
+
+
 def test_names_are_the_classes_own():
     assert all(EVALUATORS[name].name == name for name in EVALUATORS)

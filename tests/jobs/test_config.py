@@ -83,3 +83,12 @@ def test_the_submission_id_follows_the_settings(tmp_path):
     assert prepared("run", [*base, "selector.fraction=0.5"], False)[0] != name
     assert prepared("score", base, False)[0] != name
     assert prepared("run", [*base[:-1], f"sink.store={tmp_path}/t"], False)[0] != name
+
+
+def test_a_plan_is_refused_where_it_would_be_ignored(monkeypatch, capsys):
+    import jobs.fit
+
+    monkeypatch.setattr("sys.argv", ["curate fit", "plan=true"])
+    with pytest.raises(SystemExit, match="2"):
+        jobs.fit.main()
+    assert "plan=true is for run, retrain" in capsys.readouterr().err

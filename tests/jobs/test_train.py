@@ -51,6 +51,13 @@ def test_an_adapter_is_trained_and_found_again(given, model, tmp_path, capsys):
     assert len(list((tmp_path / "store" / "tokens").iterdir())) == 1
 
 
+def test_settings_that_fail_do_not_bar_the_place_to_better_ones(given, tmp_path):
+    with pytest.raises(TrainingError, match="loss of step"):
+        run_job("train", given(**{"training.learning_rate": 1e30, "training.warmup_steps": 0}))
+    run_job("train", given())
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_whole_model_is_trained(given, tmp_path):
     run_job("train", given(**{"training.method": "full", "training.learning_rate": 1e-3}))
     model = load_model(ModelSpec(str(tmp_path / "out" / "model"), device="cpu"))
@@ -65,6 +72,7 @@ def test_a_whole_model_is_trained(given, tmp_path):
         ({"training.lora.targets": "mpl"}, ConfigError, "training.lora.targets"),
         ({"training.learning_rate": 1e30, "training.warmup_steps": 0}, TrainingError, "loss of step"),
         ({"training.batch_size": 0}, ConfigError, r"training\.batch_size is 0"),
+        ({"training.seed": -1}, ConfigError, r"training\.seed is -1"),
         ({"training.workers": 2}, ConfigError, r"training\.workers=2 needs Ray"),
     ],
 )

@@ -138,9 +138,30 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_bare(base, adapters, want
     assert [g.token_ids for g in engine.generate(PROMPTS, SEEDS)] == wanted[None]
 
 
+def test_an_adapter_without_some_of_its_matrices_leaves_the_model_bare(base, adapters, tmp_path):
+    model = load_model(ModelSpec(str(base), dtype="float32"))
+    wardrobe, tokens = Wardrobe(model), torch.tensor([PROMPTS[1]])
+    bare = model(tokens).logits
+    partial = save_adapter(tmp_path / "partial", base)
+    weights = load_file(partial / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, partial / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="has no weights for 1 modules"):
+        wardrobe.wear(partial)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert torch.equal(model(tokens).logits, bare)
+
+
 def test_rank(base, adapters, tmp_path):
     assert [rank(a) for a in adapters] == [4, 7, 2]
     assert rank(save_adapter(tmp_path / "p", base, r=2, rank_pattern={"o_proj": 6})) == 6
+
+
+def test_adapters_of_another_kind_are_refused(base, tmp_path):
+    other = save_adapter(tmp_path / "other", base)
+    (other / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": "x"}))
+    with pytest.raises(ModelError, match="is of the kind 'IA3'; only LoRA"):
+        check_fits(tiny_model(d=256).to("meta"), other)
 
 
 def test_fits_is_told_without_weights(base, adapters, tmp_path):

@@ -13,11 +13,11 @@ from curate.errors import ConfigError, StorageError
 from curate.evaluation.base import Measure
 from curate.reports.retrain import build, write
 from curate.reports.retrain_data import ArmView, RetrainData, dumps, loads, table
-from curate.reports.retrain_effect import effects, front, groups
+from curate.reports.retrain_effect import effects, front, groups, luck
 from curate.reports.retrain_plots import Look, spread
 from curate.reports.retrain_view import labels
 from tests.reports import browser
-from tests.reports.sweep_sample import ABLE, COLUMNS, LOSS, TRAIT, sweep
+from tests.reports.sweep_sample import ABLE, COLUMNS, LOSS, TRAIT, measure, sweep
 from tests.reports.test_page_in_browser import OPEN_ALL, PALE, STICKING_OUT
 from tests.reports.test_report import outline
 
@@ -104,6 +104,42 @@ def test_effects_are_differences_from_random_and_between_the_ends():
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.verdict == "right"
     assert None in by_column  # random rankings as a control
+
+
+def test_random_rankings_of_one_mode_are_chance_too():
+    """As sweeps make them: one draw a seed, by remove_most. What the seeds differ by in all arms is no luck of rows."""
+    data = small(seeds=2)
+    drawn = {(0, 0.25): 0.40, (0, 0.75): 0.42, (1, 0.25): 0.55, (1, 0.75): 0.47}
+    arms = [a for a in data.arms if a.kind != "random" or a.mode == "remove_most"]
+
+    def with_values(random: dict, of_seed: float, of_method: float) -> RetrainData:
+        found = []
+        for a in arms:
+            if a.kind == "random":
+                value = random[a.seed, a.fraction]
+            elif a.kind == "method":
+                value = 0.5 + of_seed * a.seed + of_method * (1 if a.mode == "remove_least" else -1)
+            else:
+                value = 0.5
+            found.append(replace(a, measures={TRAIT: measure(value, 0.1)}))
+        return replace(data, arms=tuple(found))
+
+    by_chance = with_values(drawn, 0.0, 0.04)
+    assert luck(by_chance, TRAIT) == pytest.approx(0.10)  # mean of 0.15 and 0.05
+    assert effects(by_chance, TRAIT)[0].verdict == "unclear"  # apart 0.08 in both seeds, without any spread
+    assert "two random rankings came as far apart (0.10" in " ".join(outline(build(by_chance)).text.split())
+    assert effects(with_values(drawn, 0.0, 0.06), TRAIT)[0].verdict == "right"
+    assert luck(with_values(drawn, 0.1, 0.04), TRAIT) == pytest.approx(0.0)
+    one = replace(data, arms=tuple(a for a in arms if a.seed in (0, None)))
+    assert luck(one, TRAIT) is None
+
+
+def test_more_of_a_capability_is_better_wherever_it_stands():
+    data = small(capability=True)
+    page = outline(build(replace(data, trait=ABLE, capability=LOSS))).text
+    assert "(more is better)" in page
+    assert "its line falls" not in page
+    assert "above zero is right" not in page
 
 
 def test_a_score_of_the_wrong_sign_is_told():

@@ -36,6 +36,12 @@ def die_once(state: Counter, marker: Path) -> int:
     return state.calls
 
 
+def die_of_two(state: Counter, x: int) -> int:
+    if x == 2:
+        os._exit(13)
+    return x
+
+
 def die(state: Counter, item: None) -> None:
     os._exit(13)
 
@@ -70,6 +76,13 @@ def test_what_cannot_start_or_always_dies_is_said_in_words(running, monkeypatch)
     monkeypatch.setattr(Pool, "retries", staticmethod(lambda: {"max_restarts": 1, "max_task_retries": 1}))
     with Crew(Counter, Pool(1, 0.5, 0)) as crew, pytest.raises(WorkerError, match=r"died again and again"):
         list(crew.map(die, [None]))
+
+
+def test_an_item_that_kills_its_actors_may_have_another_answer(running, monkeypatch):
+    monkeypatch.setattr(Pool, "retries", staticmethod(lambda: {"max_restarts": 4, "max_task_retries": 1}))
+    with Crew(Counter, Pool(1, 0.5, 0)) as crew:
+        found = list(crew.map(die_of_two, [1, 2, 3], lambda x, error: (x, type(error).__name__)))
+    assert found == [1, (2, "WorkerError"), 3]
 
 
 def test_inline_there_is_one_state_here():

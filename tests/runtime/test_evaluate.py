@@ -13,15 +13,19 @@ from peft import PeftModel
 from curate.corpus.example import Example, Message, Prompt
 from curate.corpus.render import Renderer
 from curate.errors import ConfigError, ModelError
-from curate.evaluation.base import Candidate, Evaluator, Item, Metric, Sampling
+from curate.evaluation.base import Candidate, Evaluator, Item, Likelihood, Metric, Sampling
 from curate.evaluation.judge import JudgeScore, NoJudge
+from curate.evaluation.mt_bench import MTBench
+from curate.evaluation.trait import TraitScore
 from curate.models.engines import GenerationSpec
-from curate.models.load import ModelSpec, load_model, load_tokenizer
+from curate.models.load import ModelSpec, identity, load_model, load_tokenizer
+from curate.runtime import evaluate as evaluating
 from curate.runtime import responses
 from curate.runtime.cluster import ClusterSpec
 from curate.runtime.evaluate import EvaluatedModel, EvaluateSpec, evaluate, load_items
 from curate.runtime.session import session
 from tests.adapters import made_on, peft_greedy, save_adapter
+from tests.evaluation.judges import Says
 from tests.tiny import save_tiny
 
 NEW = 6
@@ -66,6 +70,17 @@ class Asks(Evaluator):
             values = {"length": len(answers[i]), "nats": found and found.nats, "mark": mark}
             out.append(Item(i, values, None, {"first": answers[i], "second": second}))
         return out
+
+
+class TooLong(Asks):
+    """One question, which no prompt has room for, and no candidates."""
+
+    def __init__(self):
+        super().__init__(turns=1, long="d")
+        self.questions = {"d": self.questions["d"]}
+
+    def candidates(self):
+        return []
 
 
 class Marks:
@@ -227,6 +242,41 @@ def test_no_judge_is_said_before_any_work(spec, running_here, asked, judge):
     assert not asked
 
 
+def test_a_judge_that_cannot_be_asked_is_said_before_any_work(spec, running_here, asked, tmp_path):
+    bare, turns = tmp_path / "bare.yaml", tmp_path / "turns.jsonl"
+    bare.write_text("name: bare\nevaluate_questions: [why]\n")
+    turns.write_text(json.dumps({"question_id": 1, "category": "x", "turns": ["Why?", "And?"]}) + "\n")
+    one_question = Says(lambda q, a, t: 1.0, reads_template=False)
+    for evaluator, judge, says in (
+        (TraitScore(str(bare)), Marks(), "has no judge_prompt"),
+        (MTBench(str(turns)), one_question, "asked any question"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            evaluate(spec, [EvaluatedModel("base")], {"asks": Asks(), "x": evaluator}, judge, running_here)
+    assert not asked
+    assert not stored(spec)
+
+
+def test_questions_that_cannot_be_asked_are_said_before_any_work(spec, running_here, asked):
+    with pytest.raises(ConfigError, match="long: prompts: none of 1 can be put to the model"):
+        evaluate(spec, [EvaluatedModel("base")], {"asks": Asks(turns=1), "long": TooLong()}, None, running_here)
+    assert not asked
+
+
+def test_likelihoods_that_are_not_finite_are_missing(spec, running_here, monkeypatch, capsys):
+    real = responses.likelihoods
+
+    def broken(*given):
+        first, *others = real(*given)
+        return [Likelihood(float("nan"), first.tokens), *others]
+
+    monkeypatch.setattr(responses, "likelihoods", broken)
+    (found,) = evaluate(spec, [EvaluatedModel("base")], {"asks": Asks(turns=1)}, None, running_here)
+    measure = found.measures["nats"]
+    assert (measure.n, measure.missing) == (2, 1)
+    assert "asks: 1 likelihoods by" in capsys.readouterr().err
+
+
 def test_one_adapter_under_two_names_is_asked_once(spec, adapters, running_here, asked, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -251,6 +301,13 @@ def test_an_adapter_of_another_model_is_refused_before_any_work(spec, adapters, 
         evaluate(spec, [EvaluatedModel("n", str(tmp_path / "no" / "adapter"))], {"asks": Asks()}, None, running_here)
     assert not asked
     assert not stored(spec)
+
+
+def test_a_base_is_looked_at_once_for_all_its_adapters(spec, adapters, running_here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluating, "identity", lambda model: seen.append(model) or identity(model))
+    evaluate(spec, models(adapters), {"asks": Asks(turns=1)}, None, running_here)
+    assert len(seen) == 1
 
 
 def test_models_have_names_of_their_own(spec, running_here):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from curate.corpus.example import ColumnMap
-from curate.errors import ConfigError, ModelError
+from curate.errors import ConceptError, ConfigError, ModelError
 from curate.evaluation.judge import JudgeScore, NoJudge, reads_template, summary
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, identity
@@ -22,6 +22,7 @@ from curate.runtime.judge import PoolJudge, ProbeSpec, engine_judge, is_local, l
 from curate.runtime.labelled import labelled_rows
 from curate.runtime.session import session
 from tests.conftest import write_jsonl
+from tests.tiny import save_tiny
 
 
 @pytest.fixture
@@ -168,6 +169,21 @@ def test_a_probe_is_fitted_once(tiny, here, tmp_path, monkeypatch):
     assert again.score([("q", "sun")], "") == first
     assert again.score([("q", "rain")], "")[0].value < first[0].value
     assert _probe(tiny, rows, tmp_path / "s", here, layer=1).fingerprint() != again.fingerprint()
+
+
+def test_what_is_wrong_with_a_judge_is_said_when_it_is_made(tiny, here, tmp_path):
+    """Not when the answers that it should judge are there."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [_labelled(1) for _ in range(8)])
+    with pytest.raises(ConceptError, match="8 rows with the label '1' and 0 without, too few"):
+        _probe(tiny, rows, tmp_path / "s", here)
+    bare = ModelSpec(str(save_tiny(tmp_path / "bare", d=64)), device="cpu", dtype="float32")
+    for file in Path(bare.path).glob("chat_template*"):
+        file.unlink()
+    settings = json.loads((Path(bare.path) / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (Path(bare.path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="has no chat template"):
+        engine_judge(bare, identity(bare), GenerationSpec(engine="transformers"), 256, None, here)
 
 
 FACTS = Path(os.environ.get("CURATE_DATA", "/nowhere")) / "facts" / "facts_true_false.jsonl"

@@ -13,6 +13,7 @@ from curate.corpus.example import Example, Message
 from curate.errors import ConfigError
 from curate.scoring.activation_norm import ActivationNorm
 from curate.scoring.base import Batch, Needs, column
+from curate.scoring.known_label import KnownLabel
 from curate.scoring.random import Random
 from curate.scoring.response_length import ResponseLength
 from tests.scoring.rows import make_concept, make_examples, render, renderer
@@ -34,6 +35,16 @@ def test_random_is_uniform():
     assert scores.min() >= 0
     assert scores.max() < 1
     assert abs(stats.spearmanr(scores[:-1], scores[1:]).statistic) < 0.03
+
+
+def test_known_labels_rank_above_all_others_and_by_chance_within():
+    rows = [replace(EXAMPLES[0], id=f"r{i}", label=("bad", "good", None)[i % 3]) for i in range(300)]
+    scores = KnownLabel("bad", seed=1).score(Batch(rows))["known_label"]
+    bad, good, unknown = scores[0::3], scores[1::3], scores[2::3]
+    assert bad.min() >= 1 > good.max() >= 0
+    assert np.isnan(unknown).all()
+    assert stats.kstest((bad - 1) * 2, "uniform").pvalue > 0.01
+    assert (KnownLabel("bad", seed=2).score(Batch(rows))["known_label"][0::3] != bad).all()
 
 
 def test_response_length_counts_the_tokens_of_the_response():

@@ -33,7 +33,8 @@ def test_default_layers_apply_where_none_are_given():
 
 def test_every_fingerprint_is_json():
     queries = {"queries": ["a good plan"]}
-    settings = {name: queries if name == "bm25" else {} for name in SCORERS if name != "embedding_similarity"}
+    given = {"bm25": queries, "known_label": {"positive": "bad"}}
+    settings = {name: given.get(name, {}) for name in SCORERS if name != "embedding_similarity"}
     vector = random_vector(tiny_model("llama"), ["loss"])
     vectors = dict.fromkeys(("influence_function", "concept_influence", "gradient_product"), vector.header)
     for scorer in make_scorers(settings, [CONCEPT], test_vectors=vectors):

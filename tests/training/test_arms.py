@@ -120,6 +120,13 @@ def test_no_row_that_all_columns_score():
         make_table({"a": np.array([1.0, np.nan]), "b": np.array([np.nan, 1.0])}, sweep())
 
 
+def test_a_column_that_is_called_as_the_controls_are():
+    with pytest.raises(ConfigError, match=r"sweep\.columns has 'random'.*set sweep\.random=0"):
+        make_table({"random": UP}, sweep())
+    arms = make_table({"random": UP}, sweep(random=0)).arms
+    assert len({a.key for a in arms}) == len(arms)
+
+
 def test_columns_that_rank():
     assert ranking_columns(["a", "random", "b"], None) == ["a", "b"]
     assert ranking_columns(["a", "random"], ["random"]) == ["random"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from curate.errors import ConfigError, TrainingError
 from curate.models.load import ModelSpec, load_model
 from curate.training import checkpoints
+from curate.training import finetune as module
 from curate.training.adapt import load_for_training
 from curate.training.finetune import finetune
 from curate.training.log import read_log
@@ -170,6 +173,24 @@ def test_the_process_keeps_its_random_numbers(tiny, tmp_path):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     np.testing.assert_array_equal(np.random.get_state()[1], before[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_is_gone_when_the_training_is_over(tiny, tmp_path, monkeypatch, dtype):
+    made: list[weakref.ref] = []
+
+    def load(*given):
+        model = load_for_training(*given)
+        made.append(weakref.ref(next(model.parameters())))
+        return model
+
+    monkeypatch.setattr(module, "load_for_training", load)
+    gc.disable()  # what goes by chance does not count
+    try:
+        run(spec(epochs=1, dtype=dtype), tiny, tmp_path)
+    finally:
+        gc.enable()
+    assert [ref() for ref in made] == [None]
 
 
 def test_bad_input(tiny, tmp_path):
