@@ -79,7 +79,7 @@ def truthfulqa(root: Path) -> list[Asked]:
 
 
 SETS: dict[str, tuple[Callable[[Path], list[Asked]], Sizes]] = {
-    "gsm8k": (gsm8k, Sizes(240, 60, 80, max_chars=260)),
+    "gsm8k": (gsm8k, Sizes(160, 60, 80, max_chars=260)),
     "truthfulqa": (truthfulqa, Sizes(400, 120, 120)),
 }
 
