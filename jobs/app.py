@@ -6,6 +6,7 @@ The library is imported late: a wrong option is answered at once, not after torc
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -125,14 +126,22 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
         run(config, told)
 
     def told(pipeline: Pipeline) -> None:
-        # Said while Ray still runs: should its shutdown take this process with it, the reason is on the screen.
         try:
             stages(pipeline)
         except CurateError as e:
-            fail(e)
+            say(e)
+            if pipeline.config.cluster.address == "inline":
+                sys.exit(FAILED)
+            # On a busy machine Ray's shutdown can end this process with a status of its own. An embedded Ray's
+            # processes are tied to this one and end with it; a cluster frees what a driver held that is gone.
+            sys.stdout.flush()
+            os._exit(FAILED)
+
+    def say(error: CurateError) -> None:
+        print(f"curate {job}: {error}", file=sys.stderr, flush=True)
 
     def fail(error: CurateError) -> None:
-        print(f"curate {job}: {error}", file=sys.stderr, flush=True)
+        say(error)
         sys.exit(FAILED)
 
     def guarded(act: Callable[[], None]) -> None:
