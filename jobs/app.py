@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -130,7 +131,7 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
             stages(pipeline)
         except CurateError as e:
             say(e)
-            if pipeline.config.cluster.address == "inline":
+            if pipeline.config.cluster.address == "inline" or not _own_process():
                 sys.exit(FAILED)
             # On a busy machine Ray's shutdown can end this process with a status of its own. An embedded Ray's
             # processes are tied to this one and end with it; a cluster frees what a driver held that is gone.
@@ -160,6 +161,14 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
             guarded(lambda: checked(compose_config(job, sys.argv[1:])))
 
     return main
+
+
+def _own_process() -> bool:
+    """Was this process started as a job (`curate …`, `python -m jobs.…`), and is no program that calls one?"""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = spec.name if spec is not None else Path(getattr(main, "__file__", None) or "").stem
+    return name == "curate" or name.startswith("jobs.")
 
 
 def run(config: DictConfig, stages: Callable[[Pipeline], None]) -> None:
