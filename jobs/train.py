@@ -16,7 +16,7 @@ def stages(pipeline: Pipeline) -> None:
     done, place = training.train()
     print(
         f"{done['rows']:,} rows, {done['steps']:,} steps, {done['tokens']:,} tokens in {done['seconds']:.0f} s: "
-        f"loss {done['first_loss']:.4f} → {done['final_loss']:.4f}\n{training.name}: {place}"
+        f"loss {done['first_loss']:.4f} → {done['final_loss']:.4f}\n{training.spec.product}: {place}"
     )
 
 

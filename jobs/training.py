@@ -27,10 +27,6 @@ class Training:
     def spec(self) -> TrainingSpec:
         return resolved(self.pipeline.config.training, self.pipeline.session)
 
-    @property
-    def name(self) -> str:
-        return "adapter" if self.spec.method == "lora" else "model"
-
     @cached_property
     def tokens(self) -> TokenRows:
         """The tokenised rows of this run."""
@@ -48,7 +44,7 @@ class Training:
         """
         p = self.pipeline
         spec = TrainSpec(p.store, self.spec, p.model, p.identity, self.tokens)
-        place = storage.join(p.sink, self.name)
+        place = storage.join(p.sink, self.spec.product)
         recipe = storage.join(place, "recipe.json")
         if (stored := read_recipe(recipe, place)) is not None:
             spec.recipe.refuse_other(stored, place)

@@ -9,7 +9,7 @@ In: questions. Out: one Item a question with named values, summarised to Measure
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -110,9 +110,9 @@ class Evaluator(ABC):
     sampling: Sampling = Sampling()
     judged: bool = False
 
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What changes an item, for recipes: JSON values."""
-        raise NotImplementedError
 
     def check(self, judge: Judge | None) -> None:
         """Called before any work: whether `items` can ask this judge what it has to ask.
@@ -135,6 +135,7 @@ class Evaluator(ABC):
         """Responses whose likelihood is wanted."""
         return ()
 
+    @abstractmethod
     def items(
         self, answers: Mapping[str, str], likelihoods: Mapping[str, Likelihood], judge: Judge | None
     ) -> list[Item]:
@@ -144,7 +145,6 @@ class Evaluator(ABC):
             answers: text by prompt id, follow-ups included; empty where the engine had no answer.
             likelihoods: by candidate id; without those that are too long for the model or came out not finite.
         """
-        raise NotImplementedError
 
 
 def summarise(

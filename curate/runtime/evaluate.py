@@ -56,13 +56,12 @@ class EvaluatedModel:
 class EvaluateSpec:
     """`model`: the base; its own adapter, where it has one, is merged. `generation`: engine and precision; how answers
     are sampled each evaluator says. `max_tokens`: the longest prompt, or prompt and candidate. `store`: where
-    responses and evaluations are kept. `accelerator`: the kind of GPU to ask all of them on (Ray's name)."""
+    responses and evaluations are kept."""
 
     model: ModelSpec
     generation: GenerationSpec
     max_tokens: int
     store: str
-    accelerator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def evaluate(
     for model in dict.fromkeys(job.model for job in todo):
         mine = {id(job.case): job for job in todo if job.model == model}
         cases = [job.case for job in mine.values()]
-        for case in respond(cases, Asking(model, spec.generation, spec.max_tokens, spec.accelerator), session):
+        for case in respond(cases, Asking(model, spec.generation, spec.max_tokens), session):
             job = mine[id(case)]
             if job.evaluator.judged:
                 judged.append(job)

@@ -54,12 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Asking:
-    """How all cases are asked. `max_tokens` of a prompt, or of prompt and candidate; `accelerator`: see Crew."""
+    """How all cases are asked. `max_tokens` of a prompt, or of prompt and candidate."""
 
     model: ModelSpec
     generation: GenerationSpec
     max_tokens: int
-    accelerator: str | None = None
 
 
 def respond(cases: Sequence[Case], how: Asking, session: Session) -> Iterator[Case]:
@@ -166,7 +165,7 @@ def _score(cases: Sequence[Case], how: Asking, questions: _Questions, session: S
     lost = [0 for _ in cases]
     progress = Progress("likelihoods", sum(len(b.ids) for b in blocks), unit="candidates")
     make = partial(_Reader, how.model, session.token_budget, max(1, round(session.scorers.cpus)))
-    with Crew(make, session.scorers, how.accelerator) as crew:
+    with Crew(make, session.scorers) as crew:
         for block, values in crew.map(_read, blocks):
             # Of a model that training has driven apart: no number to compare with.
             known = {i: v for i, v in zip(block.ids, values, strict=True) if math.isfinite(v.nats)}
@@ -265,7 +264,7 @@ def _ask(cases: Sequence[Case], how: Asking, questions: _Questions, session: Ses
         progress.close()
 
     second: dict[int, tuple[tuple[str, tuple[int, ...]], ...]] = {}
-    with Crew(make, session.engines, how.accelerator) as crew:
+    with Crew(make, session.engines) as crew:
         for at in answered(crew, "answers", lambda at: questions.prompts(cases[at].label, cases[at].evaluator)):
             case = cases[at]
             texts = {p.id: said[at][p.id].text if p.id in said[at] else "" for p in case.evaluator.prompts()}

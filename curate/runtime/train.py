@@ -94,7 +94,7 @@ class TrainSpec:
     @property
     def result(self) -> str:
         """Where the adapter (method lora) or the model (method full) lies once it is done."""
-        return storage.join(self.url, "adapter" if self.training.method == "lora" else "model")
+        return storage.join(self.url, self.training.product)
 
 
 def finished(spec: TrainSpec) -> dict[str, Any] | None:

@@ -47,11 +47,6 @@ _LEAVE = ("README.md",)  # PEFT's empty model card
 Report = Callable[[dict[str, Any]], None]
 
 
-def result_name(training: TrainingSpec) -> str:
-    """The folder of what a training makes: "adapter" (PEFT) or "model" (Hugging Face)."""
-    return "adapter" if training.method == "lora" else "model"
-
-
 def finetune(
     training: TrainingSpec,
     model: ModelSpec,
@@ -255,7 +250,8 @@ class _Run(TrainerCallback):
             checkpoints.complete(self.checkpoints, step, sizes)
 
     def _finish(self, trainer: Trainer, folder: Path) -> dict[str, Any]:
-        name, result = result_name(self.training), storage.join(self.url, result_name(self.training))
+        name = self.training.product
+        result = storage.join(self.url, name)
         if name == "model" and not trainer.is_fsdp_enabled:
             trainer.model.to(DTYPES[self.training.dtype])  # type: ignore  # in the precision in which it computed
         trainer.save_model(str(folder / name))

@@ -82,3 +82,8 @@ class TrainingSpec:
         share = self.batch_size // self.workers
         micro = max(n for n in range(1, min(self.micro_batch, share) + 1) if share % n == 0)
         return micro, share // micro
+
+    @property
+    def product(self) -> str:
+        """The folder of what a training makes: "adapter" (PEFT) or "model" (Hugging Face)."""
+        return "adapter" if self.method == "lora" else "model"
