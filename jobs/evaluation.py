@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from connectors import storage
 from connectors.packages import expand
 from curate.errors import ConfigError
-from curate.evaluation.base import Evaluator, Measure, Metric
+from curate.evaluation.base import Evaluator, Measure, Metric, paired
 from curate.evaluation.judge import Judge
 from curate.evaluation.registry import make_evaluators
-from curate.runtime.evaluate import EvaluatedModel, EvaluateSpec, Evaluation, check_judge, evaluate
+from curate.runtime.evaluate import EvaluatedModel, EvaluateSpec, Evaluation, check_judge, evaluate, load_items
 
 if TYPE_CHECKING:
     from jobs.pipeline import Pipeline
@@ -79,26 +79,40 @@ class Evaluating:
         p = self.pipeline
         return EvaluateSpec(p.model, p.sampling, self.config.source.max_tokens, p.store)
 
-    def run(self, models: Sequence[EvaluatedModel]) -> list[Evaluation]:
-        """Ask all `models` all that is configured; what is in the store is not asked again.
+    def run(self, models: Sequence[EvaluatedModel], accelerator: str | None = None) -> list[Evaluation]:
+        """Ask all `models` all that is configured, on one kind of GPU if given; what is in the store is not asked.
 
         Raises:
             see `curate.runtime.evaluate.evaluate`
         """
-        return evaluate(self.spec, models, self.evaluators, self.judge, self.pipeline.session)
+        spec = replace(self.spec, accelerator=accelerator)
+        return evaluate(spec, models, self.evaluators, self.judge, self.pipeline.session)
 
     def report(self, found: Sequence[Evaluation]) -> str:
         """Writes <sink>/evaluation.json; the table that is printed."""
         url = storage.join(self.pipeline.sink, "evaluation.json")
         metrics = {label: {m.name: m for m in e.metrics} for label, e in self.evaluators.items()}
+        differences = self._differences(found)
         body = {
             "model": self.pipeline.identity,
             "models": {m.key: m.adapter or (m.model or self.config.model).path for m in self.models},
             "metrics": {label: [asdict(m) for m in named.values()] for label, named in metrics.items()},
-            "evaluations": [asdict(e) for e in found],
+            "evaluations": [
+                {**asdict(e), "from_base": {name: asdict(m) for name, m in differences.get(e.url, {}).items()}}
+                for e in found
+            ],
         }
         storage.write_atomic(url, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
-        return f"{_table(found, metrics)}\nnumbers: {url}"
+        return f"{_table(found, metrics, differences)}\nnumbers: {url}"
+
+    def _differences(self, found: Sequence[Evaluation]) -> dict[str, dict[str, Measure]]:
+        """By the folder of a model's evaluation: what differs from the base model's, question by question."""
+        base = {e.evaluator: load_items(e.url) for e in found if e.model == BASE}
+        return {
+            e.url: paired(load_items(e.url), base[e.evaluator], self.evaluators[e.evaluator].metrics)
+            for e in found
+            if e.model != BASE and e.evaluator in base
+        }
 
 
 def _names(urls: Sequence[str]) -> list[str]:
@@ -108,19 +122,29 @@ def _names(urls: Sequence[str]) -> list[str]:
     return [name if taken.count(name) == 1 else url for name, url in zip(short, urls, strict=True)]
 
 
-def _table(found: Sequence[Evaluation], metrics: Mapping[str, Mapping[str, Metric]]) -> str:
-    rows = [("model", "evaluator", "metric", "value", "95 % interval", "items", "missing")]
+def _table(
+    found: Sequence[Evaluation],
+    metrics: Mapping[str, Mapping[str, Metric]],
+    differences: Mapping[str, Mapping[str, Measure]],
+) -> str:
+    rows = [
+        ("model", "evaluator", "metric", "value", "95 % interval", "from base", "95 % interval", "items", "missing")
+    ]
     for e in found:
         for name, m in e.measures.items():
             title = metrics[e.evaluator][name].title
-            rows.append((e.model, e.evaluator, title, _number(m.value), _interval(m), str(m.n), str(m.missing)))
+            d = differences.get(e.url, {}).get(name)
+            change = ("", "") if d is None else (_number(d.value, "+"), _interval(d, "+"))
+            rows.append(
+                (e.model, e.evaluator, title, _number(m.value), _interval(m), *change, str(m.n), str(m.missing))
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.4g}"
 
 
-def _interval(m: Measure) -> str:
-    return "–" if m.low is None else f"{_number(m.low)} to {_number(m.high)}"
+def _interval(m: Measure, sign: str = "") -> str:
+    return "–" if m.low is None else f"{_number(m.low, sign)} to {_number(m.high, sign)}"

@@ -27,7 +27,7 @@ from curate.reports.retrain_data import ArmView, RetrainData
 from curate.runtime.evaluate import EvaluatedModel, Evaluation
 from curate.runtime.progress import say
 from curate.runtime.select import Scores, load_scores, score_columns
-from curate.runtime.sweep import Outcome, check_outcomes, run_trainings
+from curate.runtime.sweep import Outcome, check_outcomes, run_trainings, slots
 from curate.runtime.train import TrainSpec, losses
 from curate.training.arms import Arm, Table, make_table, ranking_columns
 from jobs.evaluation import Evaluating
@@ -167,7 +167,8 @@ class Retraining:
         check_outcomes(outcomes)
         models = [EvaluatedModel(BASE)] if self.sweep.base else []
         models += [self._model(key, o.done["result"]) for key, o in outcomes.items() if o.done is not None]
-        data = self.data(Found(outcomes, self.evaluating.run(models)))
+        room = slots(self.given.session, self.training.spec.workers, self.sweep.at_once)
+        data = self.data(Found(outcomes, self.evaluating.run(models, room.accelerator)))
         self.write(data)
         failed = {key: o.failed for key, o in outcomes.items() if o.failed is not None}
         if failed:

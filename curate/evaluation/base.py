@@ -174,3 +174,25 @@ def summarise(
             low, high = (float(x) for x in np.percentile(np.concatenate(means), [2.5, 97.5]))
         out[metric.name] = Measure(float(sums.sum() / counts.sum()), low, high, len(pairs), missing)
     return out
+
+
+def paired(
+    items: Sequence[Item], against: Sequence[Item], metrics: Sequence[Metric], replicates: int = 1000, seed: int = 0
+) -> dict[str, Measure]:
+    """Mean `items` − `against` of each metric over the questions that have a value of both, and its interval.
+
+    Two models answer the same questions, and how hard a question is cancels: the interval is often much narrower than
+    those of the two means. A question that lacks one of the values is `missing`.
+    """
+    theirs = {item.id: item.values for item in against}
+    differences = []
+    for item in items:
+        if (other := theirs.get(item.id)) is None:
+            continue
+        values = {name: _minus(v, other[name]) for name, v in item.values.items() if name in other}
+        differences.append(Item(item.id, values, item.group))
+    return summarise(differences, metrics, replicates, seed)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else float(a) - float(b)

@@ -38,7 +38,8 @@ class JudgeScore:
 
 class Judge(Protocol):
     """Anything that scores pairs. One that has only one question, whatever the template says, has an attribute
-    `reads_template` that is False: see `reads_template`."""
+    `reads_template` that is False: see `reads_template`. One that can be out of reach has a method `ready`: see
+    `check_ready`."""
 
     def score(self, pairs: Sequence[tuple[str, str]], prompt_template: str) -> list[JudgeScore]:
         """One score for each (question, answer), in order; a pair that cannot be scored does not fail the others."""
@@ -65,6 +66,17 @@ def reads_template(judge: Judge) -> bool:
     """Whether another template asks another question. Where not (classifier, probe), the judge knows its one trait and
     nothing else: do not ask it for coherence."""
     return bool(getattr(judge, "reads_template", True))
+
+
+def check_ready(judge: Judge | None) -> None:
+    """Before long work whose result the judge is to read: let one that can be out of reach say so now.
+
+    Raises:
+        ConfigError: it is.
+    """
+    ready = getattr(judge, "ready", None)
+    if ready is not None:
+        ready()
 
 
 def fill(template: str, question: str, answer: str) -> str:

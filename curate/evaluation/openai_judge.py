@@ -146,6 +146,23 @@ class OpenAIJudge:
             "top_logprobs": self.top_logprobs,
         }
 
+    def ready(self) -> None:
+        """Ask one question, past the cache: what is wrong with key, address, model or server is said now, and not after
+        the hours in which a model answers.
+
+        Raises:
+            ConfigError: as `score`, or the endpoint gives no log-probabilities.
+        """
+        try:
+            got = self._ask("Answer with the number 50 and nothing else.", threading.Event(), cached=False)
+        except _Fatal as e:
+            raise ConfigError(str(e)) from e.__cause__
+        where = f"the judge at {self.base_url} (model {self.model!r})"
+        if not isinstance(got, Answer):
+            raise ConfigError(f"{where} does not answer: {got}")
+        if not got.candidates and not got.refusal:
+            raise ConfigError(f"{where} gives no log-probabilities, without which there is no score; use one that does")
+
     def score(self, pairs: Sequence[tuple[str, str]], prompt_template: str) -> list[JudgeScore]:
         """One JudgeScore a pair, in order; equal pairs are asked once.
 
@@ -185,7 +202,7 @@ class OpenAIJudge:
             )
         return [scores[p] for p in prompts]
 
-    def _ask(self, prompt: str, give_up: threading.Event) -> Answer | str:
+    def _ask(self, prompt: str, give_up: threading.Event, cached: bool = True) -> Answer | str:
         """The answer to one prompt, or the reason why there is none."""
         if reason := not_unicode(prompt):
             return reason
@@ -198,8 +215,9 @@ class OpenAIJudge:
             "top_logprobs": self.top_logprobs,
             "seed": 0,
         }
-        key = content_key({"base_url": self.base_url, "body": body}) if self._cache else ""
-        if self._cache and (stored := self._cache.get(key)) is not None:
+        cache = self._cache if cached else None
+        key = content_key({"base_url": self.base_url, "body": body}) if cache else ""
+        if cache and (stored := cache.get(key)) is not None:
             try:
                 return Answer.from_json(stored)
             except (KeyError, TypeError, ValueError):
@@ -235,8 +253,8 @@ class OpenAIJudge:
         except MalformedAnswer as e:
             return f"malformed answer: {e}"
         # Not what came without log-probabilities: a server that is set right has to be asked again.
-        if self._cache and (answer.tokens or answer.refusal):
-            self._cache.put(key, answer.to_json())
+        if cache and (answer.tokens or answer.refusal):
+            cache.put(key, answer.to_json())
         return answer
 
     def _in_turn(self, body: dict[str, Any], give_up: threading.Event) -> Answer:

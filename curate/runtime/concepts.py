@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from curate.concepts.trait import Trait, load_trait
 from curate.corpus.example import ColumnMap, Example, Prompt
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
-from curate.evaluation.judge import Judge, NoJudge, reads_template, summary
+from curate.evaluation.judge import Judge, NoJudge, check_ready, reads_template, summary
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
@@ -110,6 +110,7 @@ def persona_rollouts(
     )
 
     def make() -> Concept:
+        check_ready(judge)
         answered = _generate_rollouts(context, trait, rollouts, generation)
         if judge is not None:
             answered = _judged(trait, answered, judge)
@@ -161,7 +162,7 @@ def probe(
     fields = {
         **context.facts(),
         "rows": rows.digests,
-        "columns": asdict(columns),
+        "columns": columns.facts(),
         "positive_label": positive_label,
         "max_rows": max_rows,
     }

@@ -19,7 +19,7 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.errors import ConfigError
 from curate.evaluation.base import Evaluator, Measure, summarise
-from curate.evaluation.judge import Judge
+from curate.evaluation.judge import Judge, check_ready
 from curate.models.adapter import CONFIG, check_fits
 from curate.models.digest import folder_digest
 from curate.models.engines import GenerationSpec
@@ -62,6 +62,7 @@ class EvaluateSpec:
     generation: GenerationSpec
     max_tokens: int
     store: str
+    accelerator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,13 @@ def evaluate(
         say("evaluate: resuming", evaluations_done=distinct - len(missing), evaluations_left=len(missing))
     if todo:
         storage.check_writable(storage.join(spec.store, "evaluations"))  # before the work, not after
+    if any(job.evaluator.judged for job in todo):
+        check_ready(judge)
     judged = []
     for model in dict.fromkeys(job.model for job in todo):
         mine = {id(job.case): job for job in todo if job.model == model}
         cases = [job.case for job in mine.values()]
-        for case in respond(cases, Asking(model, spec.generation, spec.max_tokens), session):
+        for case in respond(cases, Asking(model, spec.generation, spec.max_tokens, spec.accelerator), session):
             job = mine[id(case)]
             if job.evaluator.judged:
                 judged.append(job)

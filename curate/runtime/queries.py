@@ -18,7 +18,7 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.curvature.queries import Candidate
 from curate.errors import ConfigError
-from curate.evaluation.judge import Judge, reads_template, summary
+from curate.evaluation.judge import Judge, check_ready, reads_template, summary
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.answers import answers
@@ -71,6 +71,7 @@ def on_policy(spec: OnPolicySpec, judge: Judge | None, store: str, session: Sess
         say(f"queries: found at {where}")
     else:
         storage.check_writable(storage.join(store, "queries"))  # before the work, not after
+        check_ready(judge)
         rows = _answered(spec, judge, session)
         storage.write_atomic(where, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         say(f"queries: {len(rows)} answers made, judged and kept at {where}")

@@ -25,6 +25,7 @@ from curate.models.adapter import Wardrobe
 from curate.models.engines import Engine, EngineDead, GenerationSpec, make_engine, row_seed
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id
 from curate.models.locate import locate
+from curate.runtime.accelerators import held_to
 from curate.runtime.crew import Crew
 from curate.runtime.evaluation_files import (
     Answer,
@@ -54,11 +55,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Asking:
-    """How all cases are asked. `max_tokens` of a prompt, or of prompt and candidate."""
+    """How all cases are asked. `max_tokens` of a prompt, or of prompt and candidate; `accelerator`: the kind of GPU
+    (Ray's name) that answers, None for any."""
 
     model: ModelSpec
     generation: GenerationSpec
     max_tokens: int
+    accelerator: str | None = None
 
 
 def respond(cases: Sequence[Case], how: Asking, session: Session) -> Iterator[Case]:
@@ -165,7 +168,7 @@ def _score(cases: Sequence[Case], how: Asking, questions: _Questions, session: S
     lost = [0 for _ in cases]
     progress = Progress("likelihoods", sum(len(b.ids) for b in blocks), unit="candidates")
     make = partial(_Reader, how.model, session.token_budget, max(1, round(session.scorers.cpus)))
-    with Crew(make, session.scorers) as crew:
+    with Crew(make, held_to(session.scorers, how.accelerator), how.accelerator) as crew:
         for block, values in crew.map(_read, blocks):
             # Of a model that training has driven apart: no number to compare with.
             known = {i: v for i, v in zip(block.ids, values, strict=True) if math.isfinite(v.nats)}
@@ -242,7 +245,8 @@ def _ask(cases: Sequence[Case], how: Asking, questions: _Questions, session: Ses
     if not cases:
         return
     ranks = [lora.rank(locate(url)) for url in {c.adapter for c in cases} if url is not None]
-    threads = max(1, round(session.engines.cpus))
+    pool = held_to(session.engines, how.accelerator)
+    threads = max(1, round(pool.cpus))
     make = partial(_Answerer, how.model, how.generation, max(ranks, default=0), threads)
     said: list[dict[str, Answer]] = [{} for _ in cases]
 
@@ -251,7 +255,7 @@ def _ask(cases: Sequence[Case], how: Asking, questions: _Questions, session: Ses
         blocks: list[_Prompts] = []
         for at, case in enumerate(cases):
             sampling = _sampling(how.generation, case.evaluator)
-            for some in _share(prompts(at), how.generation.max_batch, session.engines.size, len(cases)):
+            for some in _share(prompts(at), how.generation.max_batch, pool.size, len(cases)):
                 blocks.append(_Prompts(at, case.adapter, sampling, some))
         left = [sum(b.case == at for b in blocks) for at in range(len(cases))]
         progress = Progress(what, sum(len(b.prompts) for b in blocks), unit="prompts")
@@ -264,7 +268,7 @@ def _ask(cases: Sequence[Case], how: Asking, questions: _Questions, session: Ses
         progress.close()
 
     second: dict[int, tuple[tuple[str, tuple[int, ...]], ...]] = {}
-    with Crew(make, session.engines) as crew:
+    with Crew(make, pool, how.accelerator) as crew:
         for at in answered(crew, "answers", lambda at: questions.prompts(cases[at].label, cases[at].evaluator)):
             case = cases[at]
             texts = {p.id: said[at][p.id].text if p.id in said[at] else "" for p in case.evaluator.prompts()}

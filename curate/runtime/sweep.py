@@ -10,7 +10,6 @@ that takes not many more, are paid once. One of several processes gets Ray Train
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,14 +18,13 @@ from typing import Any
 import ray
 
 from curate.errors import CurateError, WorkerError
+from curate.runtime.accelerators import places
 from curate.runtime.crew import Crew
 from curate.runtime.inline import inline, is_inline
 from curate.runtime.progress import Progress, say
 from curate.runtime.session import Session
 from curate.runtime.stream import worded
 from curate.runtime.train import TrainSpec, Watch, finished, train
-
-_ACCELERATOR = "accelerator_type:"
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,15 @@ def slots(session: Session, workers: int, at_once: int | None) -> Slots:
         return Slots(1)
     if not pool.gpus:
         return Slots(max(1, min(at_once or pool.size, pool.size // workers)))
-    kinds: Counter[str] = Counter()  # trainings' processes that fit the nodes of a kind
-    for node in ray.nodes():
-        have = node["Resources"] if node["Alive"] else {}
-        for name in have:
-            if name.startswith(_ACCELERATOR):
-                fit = have.get("GPU", 0) / pool.gpus, have.get("CPU", 0) / max(pool.cpus, 1e-9)
-                kinds[name.removeprefix(_ACCELERATOR)] += int(min(fit))
+    kinds = places(pool)
     if not kinds:
         return Slots(max(1, min(at_once or pool.size, pool.size // workers)))
-    kind, places = min(kinds.items(), key=lambda k: (-k[1], k[0]))
-    places = min(places, pool.size)  # cluster.workers counts here too; an actor that does not fit would never start
+    kind, fit = min(kinds.items(), key=lambda k: (-k[1], k[0]))
+    fit = min(fit, pool.size)  # cluster.workers counts here too; an actor that does not fit would never start
     if len(kinds) > 1:
         others = ", ".join(sorted(set(kinds) - {kind}))
         say(f"sweep: all trainings run on {kind}; left idle: {others}")
-    return Slots(max(1, min(at_once or places, places // workers)), kind)
+    return Slots(max(1, min(at_once or fit, fit // workers)), kind)
 
 
 def run_trainings(specs: Mapping[str, TrainSpec], session: Session, at_once: int | None) -> dict[str, Outcome]:

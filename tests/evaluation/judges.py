@@ -1,4 +1,4 @@
-"""A judge that says what a test tells it to, and remembers what it was asked."""
+"""A judge that says what a test tells it to, and remembers what it was asked; and one that asks a test's endpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from curate.evaluation.judge import JudgeScore, fill
+from curate.evaluation.openai_judge import OpenAIJudge
+from tests.evaluation.server import Endpoint, completion
+
+TEMPLATE = "Q: {question}\nA: {answer}"
+GOOD = completion([("80", {"80": 0.5, "60": 0.3, "REF": 0.2})])
+
+
+def judge(endpoint: Endpoint, **changes: Any) -> OpenAIJudge:
+    return OpenAIJudge("judge-model", **{"base_url": endpoint.url, "attempts": 3, "backoff": 0.0, **changes})
 
 
 class Says:

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import socket
 import threading
 
 import pytest
 
-from curate.errors import ConfigError, StorageError
+from curate.errors import ConfigError
 from curate.evaluation.judge import JudgeScore, summary
 from curate.evaluation.openai_judge import MalformedAnswer, OpenAIJudge, read_completion
 from curate.evaluation.pace import Pace
-from tests.evaluation.server import Endpoint, Reply, completion, serve
-
-TEMPLATE = "Q: {question}\nA: {answer}"
-GOOD = completion([("80", {"80": 0.5, "60": 0.3, "REF": 0.2})])
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def judge(endpoint: Endpoint, **changes) -> OpenAIJudge:
-    return OpenAIJudge("judge-model", **{"base_url": endpoint.url, "attempts": 3, "backoff": 0.0, **changes})
+from tests.evaluation.judges import GOOD, TEMPLATE, judge
+from tests.evaluation.server import Reply, completion, serve
 
 
 def one(answer, **changes) -> JudgeScore:
@@ -109,14 +95,6 @@ def test_missing_log_probabilities(caplog):
     del body["choices"][0]["logprobs"]
     assert one(body).value is None
     assert "gives no log-probabilities; without them" in caplog.text
-
-
-def test_answers_without_log_probabilities_are_not_kept(tmp_path):
-    bare = completion([], text="85")
-    with serve(lambda body, n: bare if n == 0 else GOOD) as endpoint:
-        j = judge(endpoint, cache_url=str(tmp_path))
-        assert j.score([("q", "a")], TEMPLATE)[0].value is None
-        assert j.score([("q", "a")], TEMPLATE)[0].value is not None  # the server has been set right
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 408])
@@ -265,36 +243,6 @@ def test_one_bad_request_does_not_stop_the_others():
     assert len(endpoint.requests) == 2  # a bad request is not tried again
 
 
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [
-        (401, r"refuses the key in OPENAI_API_KEY \(status 401\)"),
-        (403, r"refuses the key in OPENAI_API_KEY \(status 403\)"),
-        (404, "does not know the model 'judge-model' or the path"),
-    ],
-)
-def test_wrong_settings_stop_the_call_at_once(status, message):
-    with serve(lambda body, n: Reply({"error": {"message": "no"}}, status)) as endpoint:
-        with pytest.raises(ConfigError, match=message):
-            judge(endpoint, concurrency=2).score([("q", str(i)) for i in range(50)], TEMPLATE)
-    assert len(endpoint.requests) < 10
-
-
-def test_wrong_path_says_so():
-    with serve(lambda body, n: GOOD) as endpoint:
-        with pytest.raises(ConfigError, match=r"judge\.base_url ends in /v1"):
-            judge(endpoint, base_url=endpoint.url.removesuffix("/v1")).score([("q", "a")], TEMPLATE)
-
-
-def test_nobody_listening():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
-        j = OpenAIJudge("m", base_url=url, attempts=2, backoff=0.0)
-        with pytest.raises(ConfigError, match=rf"the judge at {url} cannot be reached .*Check judge.base_url"):
-            j.score([("q", str(i)) for i in range(5)], TEMPLATE)
-
-
 def test_a_fatal_failure_ends_the_pauses_of_the_other_requests():
     """One request waits a minute before its second try when another finds that the key is wrong."""
     waiting = threading.Event()
@@ -317,75 +265,6 @@ def test_no_answer_at_all_is_an_error():
         assert judge(endpoint).score([], TEMPLATE) == []
 
 
-def test_cache_asks_only_for_what_is_missing(tmp_path):
-    cache = str(tmp_path / "cache")
-    fail = {"b"}
-
-    def answer(body, n):
-        if body["messages"][0]["content"][-1] in fail:
-            return Reply({"error": {"message": "no"}}, 500)
-        return GOOD
-
-    pairs = [("q", "a"), ("q", "b"), ("q", "c")]
-    with serve(answer) as endpoint:
-        first = judge(endpoint, cache_url=cache).score(pairs, TEMPLATE)
-        assert [s.value is None for s in first] == [False, True, False]
-        fail.clear()
-        asked = len(endpoint.requests)
-        second = judge(endpoint, cache_url=cache).score(pairs, TEMPLATE)
-        assert endpoint.prompts[asked:] == ["Q: q\nA: b"]  # failures are not kept
-        assert (second[0], second[2]) == (first[0], first[2])
-        asked = len(endpoint.requests)
-        judge(endpoint, cache_url=cache).score(pairs, TEMPLATE)
-        assert len(endpoint.requests) == asked
-        judge(endpoint, cache_url=cache, top_logprobs=5).score(pairs[:1], TEMPLATE)
-        assert len(endpoint.requests) == asked + 1  # other settings, another answer
-
-
-def test_broken_cache_files_are_asked_again(tmp_path, caplog):
-    with serve(lambda body, n: GOOD) as endpoint:
-        j = judge(endpoint, cache_url=str(tmp_path))
-        expected = j.score([("q", "a")], TEMPLATE)
-        [file] = [p for p in tmp_path.rglob("*.json")]
-        for content in ("{", '{"text": 1}', "[]"):
-            file.write_text(content)
-            assert j.score([("q", "a")], TEMPLATE) == expected
-    assert len(endpoint.requests) == 4
-    assert "asking again" in caplog.text
-
-
-def test_unwritable_cache_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with serve(lambda body, n: GOOD) as endpoint, pytest.raises(StorageError, match="file"):
-        judge(endpoint, cache_url=str(tmp_path / "file")).score([("q", "a")], TEMPLATE)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "the judge needs a key: set the environment variable OPENAI_API_KEY"),
-        ({"api_key_env": "OTHER"}, "environment variable OTHER"),
-        ({"base_url": "localhost:8000"}, r"expected http\(s\)://host"),
-        ({"base_url": "http://me:pw@localhost/v1"}, "holds a password"),
-        ({"top_logprobs": 21}, "judge.top_logprobs is 21; it must be from 1 to 20"),
-        ({"max_tokens": 0}, "judge.max_tokens is 0"),
-        ({"concurrency": 0}, "judge.concurrency is 0"),
-        ({"timeout": 0}, "judge.timeout is 0"),
-        ({"model": ""}, "judge.model is empty"),
-        ({"requests_per_minute": 0}, "judge.requests_per_minute is 0; it must be more than 0, or null"),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        OpenAIJudge(**{"model": "m", **settings})
-    assert "pw" not in str(caught.value)
-
-
-def test_empty_template_is_refused():
-    with serve(lambda body, n: GOOD) as endpoint, pytest.raises(ConfigError, match="has no judge prompt"):
-        judge(endpoint).score([("q", "a")], "")
-
-
 def test_log_probabilities_of_llama_cpp_and_vllm_extremes():
     """vLLM clips to -9999, some servers round to slightly above 0."""
     body = completion([("50", {"50": 1.0})])
@@ -395,12 +274,3 @@ def test_log_probabilities_of_llama_cpp_and_vllm_extremes():
     body["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = math.nan
     with pytest.raises(MalformedAnswer, match="ValueError"):
         read_completion(json.dumps(body))
-
-
-def test_the_key_is_never_logged(monkeypatch, caplog):
-    caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    with serve(lambda body, n: Reply({"error": {"message": "no"}}, 401)) as endpoint:
-        with pytest.raises(ConfigError) as caught:
-            judge(endpoint).score([("q", "a")], TEMPLATE)
-    assert "sk-very-secret" not in str(caught.value) + caplog.text

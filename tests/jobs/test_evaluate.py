@@ -53,7 +53,14 @@ def test_base_tuned_and_more_adapters(corpus, model, rows, adapters, tmp_path, c
     assert len(set(found.values())) == 4
     assert body["metrics"]["held_out_loss"][0]["sense"] == "loss"
     lines = said.out.splitlines()
-    assert lines[0].split() == ["model", "evaluator", "metric", "value", "95", "%", "interval", "items", "missing"]
+    head = ["model", "evaluator", "metric", "value", "95 % interval", "from base", "95 % interval", "items", "missing"]
+    assert [cell.strip() for cell in lines[0].split("  ") if cell] == head
+    changes = {e["model"]: e["from_base"] for e in body["evaluations"]}
+    assert changes["base"] == {}
+    for name in ("tuned", "x", "y"):
+        change = changes[name]["loss"]
+        assert change["value"] == pytest.approx(found[name] - found["base"], abs=1e-9)
+        assert change["low"] < change["value"] < change["high"]
     for line, (name, value) in zip(lines[1:5], found.items(), strict=True):
         assert line.startswith(name)
         assert f"{value:.4g}" in line

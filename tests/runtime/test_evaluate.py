@@ -257,6 +257,17 @@ def test_a_judge_that_cannot_be_asked_is_said_before_any_work(spec, running_here
     assert not stored(spec)
 
 
+def test_a_judge_that_is_out_of_reach_is_said_before_any_work(spec, running_here, asked):
+    class Away(Marks):
+        def ready(self):
+            raise ConfigError("nobody listens")
+
+    with pytest.raises(ConfigError, match="nobody listens"):
+        evaluate(spec, [EvaluatedModel("base")], {"asks": Asks(judged=True)}, Away(), running_here)
+    assert not asked
+    evaluate(spec, [EvaluatedModel("base")], {"asks": Asks(turns=1)}, Away(), running_here)  # nobody asks it
+
+
 def test_questions_that_cannot_be_asked_are_said_before_any_work(spec, running_here, asked):
     with pytest.raises(ConfigError, match="long: prompts: none of 1 can be put to the model"):
         evaluate(spec, [EvaluatedModel("base")], {"asks": Asks(turns=1), "long": TooLong()}, None, running_here)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import curate.runtime.accelerators as accelerators
 import curate.runtime.sweep as sweep
 import curate.runtime.train as train
 from curate.errors import WorkerError
@@ -42,13 +43,17 @@ def test_of_several_kinds_of_gpu_the_commonest_is_taken(monkeypatch, capsys):
         node(CPU=8, GPU=4, **{"accelerator_type:H100": 1.0}),
         node(alive=False, CPU=64, GPU=64, **{"accelerator_type:A100": 1.0}),
     ]
-    monkeypatch.setattr(sweep.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(accelerators.ray, "nodes", lambda: nodes)
     assert slots(session(10, 1.0, 1.0), 1, None) == Slots(8, "H100")
     assert slots(session(10, 1.0, 1.0), 2, None) == Slots(4, "H100")
     assert slots(session(10, 1.0, 1.0), 1, 3) == Slots(3, "H100")
     assert "all trainings run on H100; left idle: A100" in capsys.readouterr().err
     assert slots(session(5, 1.0, 1.0), 1, None) == Slots(5, "H100")  # cluster.workers=5
     assert slots(session(10, 4.0, 1.0), 1, None) == Slots(4, "H100")  # as many as its nodes' processors allow
+    # and what is asked of the models afterwards keeps to that kind
+    assert accelerators.held_to(Pool(10, 1.0, 2.0), "H100") == Pool(4, 1.0, 2.0)
+    assert accelerators.held_to(Pool(10, 1.0, 1.0), None) == Pool(10, 1.0, 1.0)
+    assert accelerators.held_to(Pool(10, 1.0, 0.0), "H100") == Pool(10, 1.0, 0.0)
 
 
 def test_inline_there_is_one():
