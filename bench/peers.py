@@ -7,7 +7,8 @@ Each peer is compared under its own conventions, set here in curate: the loss of
 counts all real tokens; kronfluence's damping is relative to each layer, the recipe has one absolute damping. What
 differs still: the labels that are sampled (not with --fisher empirical), and in the recipe A is the mean over rows of
 each row's mean. With the mean loss and sampled labels curvlinops would weigh a row by 1/n² Σ F_t, and curate by
-1/n Σ F_t. bergson's factors are timed in ekfac.py; its scores come from indexed gradients, and are not compared.
+1/n Σ F_t. The third peer, bfloat16, is curate's own lower precision. bergson's factors are timed in ekfac.py; its
+scores come from indexed gradients, and are not compared.
 """
 
 from __future__ import annotations
@@ -132,9 +133,23 @@ def kronfluence(c: Comparison, fisher: str) -> None:
     emit(BENCH, "rows_per_second", faster, "rows/s (CPU)", faster / rate, "kronfluence", c.settings)
 
 
+def bfloat16(c: Comparison, fisher: str) -> None:
+    """curate with itself: the fit in bfloat16, and everything in bfloat16, against everything in float32."""
+    spec = CurvatureSpec(fisher=fisher)  # type: ignore[arg-type]
+    exact, _ = c.curate(spec, lambda fit: Damping(0.1))
+    theirs = c.scores(exact, "contraction", "mean")
+    half = load_model(replace(c.spec, dtype="bfloat16"))
+    fit = LocalFit(half, c.layers, spec, c.fit_rows, c.ids, c.args.token_budget)
+    for what, model in (("fit", c.model), ("fit, query and scores", half)):
+        vector = loss_vector(model, c.layers, fit, c.queries, Damping(0.1), spec.reduction)
+        made = make_backend("contraction", model, vector, c.args.token_budget, reduction="mean")
+        c.agreement(made.run(c.rows).scores[:, 0], theirs, "float32", fisher=fisher, bfloat16=what)
+
+
 PEERS: dict[str, tuple[str, Callable[[Comparison, str], None]]] = {
     "recipe": ("curvlinops", recipe),
     "kronfluence": ("kronfluence", kronfluence),
+    "bfloat16": ("curate", bfloat16),
 }
 
 
