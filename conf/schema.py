@@ -19,7 +19,10 @@ from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec
 from curate.models.tracked import LayerChoice
 from curate.runtime.cluster import ClusterSpec
+from curate.runtime.latent_settings import GroupSettings, LatentSettings
+from curate.runtime.trace_spec import TraceSettings
 from curate.training.arms import SweepSpec
+from curate.training.sae_settings import SaeSettings
 from curate.training.spec import LoraSpec, TrainingSpec
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -60,7 +63,7 @@ class Selector:
 
 @dataclass(frozen=True)
 class ConceptSettings:
-    kind: Literal["persona", "probe", "file"]
+    kind: Literal["persona", "probe", "file", "sae"]
     path: str | list[str] | None = None
     method: Literal["teacher_forced", "rollouts"] = "teacher_forced"
     rollouts: int = 10
@@ -76,6 +79,8 @@ class ConceptSettings:
     layer: int | None = None
     max_rows: int = 5000
     allow_other_model: bool = False
+    latents: list[int] = field(default_factory=list)
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Query:
     columns: ColumnMap = field(default_factory=ColumnMap)
     positive: str = "positive"
     negative: str = "negative"
+    wrong_option: bool = False
     questions: Literal["extract", "evaluate"] = "evaluate"
     samples: int = 4
     max_new_tokens: int = 256
@@ -102,7 +108,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Curvature:
-    kind: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    kind: Literal["ekfac", "kfac", "diagonal", "identity", "cg"] = "ekfac"
     examples: int = 5000
     max_tokens: int = 1536
     fisher: Literal["sampled", "empirical"] = "sampled"
@@ -114,6 +120,12 @@ class Curvature:
     damping_kind: Literal["relative", "absolute"] = "relative"
     rank: int | None = None
     shard_rows: int = 64
+    product: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    rows: int = 64
+    iterations: int = 20
+    tolerance: float = 1e-4
+    block: int = 4
+    save_every: int = 5
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,10 @@ class Settings:
     training: TrainingSpec
     sweep: SweepSpec
     evaluation: EvaluationSettings
+    sae: SaeSettings
+    trace: TraceSettings
+    latents: LatentSettings
+    groups: GroupSettings
     # An empty list of choices leaves the key out.
     concept: dict[str, ConceptSettings] | None = None
     scorer: dict[str, dict[str, Any] | None] | None = None
@@ -209,6 +225,10 @@ for _cls in (
     TrainingSpec,
     SweepSpec,
     EvaluationSettings,
+    SaeSettings,
+    TraceSettings,
+    LatentSettings,
+    GroupSettings,
     Settings,
 ):
     setattr(_cls, "__pydantic_config__", _STRICT)  # noqa: B010  (pydantic reads it; stdlib dataclasses do not declare it)

@@ -48,6 +48,10 @@ _GROUPS = (
     "evaluator",
     "evaluation",
     "sweep",
+    "sae",
+    "trace",
+    "latents",
+    "groups",
     "experiment",
 )
 

@@ -20,6 +20,10 @@ JOBS = {
     "train": "fine-tune the model on the source's rows (a curated set, say)",
     "evaluate": "ask a model, with its adapters, the configured questions",
     "retrain": "train and evaluate on what each ranking would keep: does removing rows change the behaviour?",
+    "sae": "train sparse autoencoders on the model's activations, layer by layer, and choose a layer",
+    "latents": "find the SAE latents that tell two sets of rows apart, and keep them as concepts",
+    "groups": "group rows by the SAE latents that fire on them; remove whole groups by a score",
+    "trace": "for test items: which rows, SAE latents of them and tokens made the model answer so",
     "plan": "say what a run will cost before it runs",
     "submit": "submit a job to a Ray cluster (curate submit run …)",
 }

@@ -5,19 +5,22 @@ Turns Settings into what the library takes, for the pipeline that owns it. Holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from connectors import storage
 from connectors.packages import expand
 from curate import __version__
 from curate.concepts.concept import digest as concept_digest
+from curate.concepts.latent_file import latents_of
+from curate.concepts.sae import digest as sae_digest
 from curate.concepts.trait import load_trait
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Renderer, tokenizer_digest
 from curate.curvature.behaviour import Behaviour, BehaviourSpec, make_behaviour
+from curate.curvature.conjugate_gradient import CGSpec
 from curate.curvature.ekfac import Damping
 from curate.curvature.files import INDEX
 from curate.curvature.fisher import CurvatureSpec
@@ -33,7 +36,7 @@ from curate.curvature.queries import (
 from curate.curvature.test_vector import TestVectorHeader
 from curate.errors import ConfigError
 from curate.models.load import ModelSpec, identity, load_tokenizer
-from curate.models.tracked import Coverage
+from curate.models.tracked import Coverage, LayerChoice
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import DifferentiatorSpec, differentiators
 from curate.runtime.fit import FitSpec, fit, say_coverage
@@ -41,17 +44,19 @@ from curate.runtime.influence_views import InfluenceSources
 from curate.runtime.plan import InfluencePlan
 from curate.runtime.progress import say
 from curate.runtime.queries import OnPolicySpec, on_policy
+from curate.runtime.reader import ReaderSpec
 from curate.runtime.test_vectors import VectorSpec, make_test_vectors
 from curate.scoring.base import Scorer
 from curate.scoring.directions import as_layers
 from curate.scoring.registry import SCORERS
+from jobs.item_vectors import ItemVector, cg_fields, cg_rows
 
 if TYPE_CHECKING:
     from jobs.pipeline import Pipeline
 
 METHODS = frozenset(name for name, scorer in SCORERS.items() if scorer.derivative is not Scorer.derivative)
 """Scorers that need a test vector."""
-WITHOUT_CURVATURE = "gradient_product"
+WITHOUT_CURVATURE = frozenset({"gradient_product", "gradient_cosine"})
 _OPTIONS = ("behaviours", "layers", "pooling", "whole")  # of conf/scorer/<method>.yaml, for the test vector alone
 
 
@@ -67,8 +72,11 @@ class Influence:
         self.pipeline = pipeline
         self.config = pipeline.config
         c = self.config.curvature
-        self.spec = CurvatureSpec(c.kind, c.fisher, c.tokens, c.reduction, c.examples, c.max_tokens, c.seed, c.layers)
+        kind = "identity" if c.kind == "cg" else c.kind  # nothing is fitted
+        self.spec = CurvatureSpec(kind, c.fisher, c.tokens, c.reduction, c.examples, c.max_tokens, c.seed, c.layers)
         self.damping = Damping(c.damping, c.damping_kind)
+        how = (c.product, c.rows, c.iterations, c.tolerance, c.block, c.save_every, c.max_tokens, c.seed)
+        self.cg = CGSpec(*how) if c.kind == "cg" else None
 
     def check(self) -> None:
         """Whatever can be wrong in the settings alone.
@@ -76,9 +84,22 @@ class Influence:
         Raises:
             ConfigError: names the setting.
         """
-        tuned, c = self.config.tuned, self.config.curvature
         if not self.methods:
             return
+        self.check_model()
+        c = self.config.curvature
+        self._query_path  # noqa: B018  (raises where there is none)
+        for method, options in self.methods.items():
+            self._behaviour_specs(method)
+            if (own := options.get("reduction", c.reduction)) != c.reduction:
+                raise ConfigError(
+                    f"scorer.{method}.reduction is {own!r} and curvature.reduction {c.reduction!r}: queries, curvature "
+                    f"and rows must have one loss; set curvature.reduction alone"
+                )
+
+    def check_model(self) -> None:
+        """The same of the model to differentiate and its curvature alone."""
+        tuned, c = self.config.tuned, self.config.curvature
         if c.layers.kind == "adapter" and tuned.merge:
             raise ConfigError(
                 "curvature.layers.kind=adapter tracks the LoRA matrices, which are gone once merged; set "
@@ -89,14 +110,6 @@ class Influence:
         for name, value in (("rank", c.rank), ("shard_rows", c.shard_rows)):
             if value is not None and value < 1:
                 raise ConfigError(f"curvature.{name} is {value}; it must be at least 1")
-        self._query_path  # noqa: B018  (raises where there is none)
-        for method, options in self.methods.items():
-            self._behaviour_specs(method)
-            if (own := options.get("reduction", c.reduction)) != c.reduction:
-                raise ConfigError(
-                    f"scorer.{method}.reduction is {own!r} and curvature.reduction {c.reduction!r}: queries, curvature "
-                    f"and rows must have one loss; set curvature.reduction alone"
-                )
 
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
@@ -169,14 +182,15 @@ class Influence:
             concepts = self.pipeline.concept_list
             if not concepts:
                 raise ConfigError(f"scorer.{method}.behaviours has {spec.kind!r}, which needs a concept; set concept=…")
-            out += [make_behaviour(spec, c, reduction) for c in concepts]
+            latents = latents_of(concepts) if spec.of_latent else [None] * len(concepts)
+            out += [make_behaviour(spec, c, reduction, x) for c, x in zip(concepts, latents, strict=True)]
         return out
 
     @cached_property
     def queries(self) -> list[Query]:
         """The configured queries as tokens."""
         renderer = Renderer(load_tokenizer(self.pipeline.model), self.config.source.max_tokens)
-        found = render_queries(self._query_examples()[: self.config.query.max_queries], renderer)
+        found = render_queries(self.query_examples, renderer)
         say(f"queries: {len(found)} from {self._query_path} (query={self.config.query.kind})")
         return found
 
@@ -202,15 +216,18 @@ class Influence:
             )
         return expand(path)
 
-    def _query_examples(self) -> list[QueryExample]:
+    @cached_property
+    def query_examples(self) -> list[QueryExample]:
+        """The configured queries as text."""
         q, path = self.config.query, self._query_path
         if q.max_queries is not None and q.max_queries < 1:
             raise ConfigError(f"query.max_queries is {q.max_queries}; it must be at least 1")
         if q.kind == "file":
-            return queries_from_file(path, QueryColumns(q.positive, q.negative, q.columns), max_queries=q.max_queries)
+            columns = QueryColumns(q.positive, q.negative, q.columns, q.wrong_option)
+            return queries_from_file(path, columns, max_queries=q.max_queries)
         trait = load_trait(path)
         if q.kind == "trait":
-            return queries_from_trait(trait)
+            return queries_from_trait(trait)[: q.max_queries]
         spec = OnPolicySpec(
             trait,
             q.questions,
@@ -223,47 +240,54 @@ class Influence:
         )
         found = on_policy(spec, self.pipeline.judge(), self.pipeline.store, self.pipeline.session)
         paired = any(s.contrasts for method in self.methods for s in self._behaviour_specs(method))
-        return top_queries(found, q.keep, paired)
+        return top_queries(found, q.keep, paired)[: q.max_queries]
 
     # curvature
 
     @cached_property
-    def factor_recipe(self) -> Recipe:
-        """What factors are made from; its digest names their folder."""
-        spec = asdict(self.spec)
-        spec["max_tokens"] = min(self.spec.max_tokens, self.config.source.max_tokens)
-        fields = {
+    def rows(self) -> dict[str, Any]:
+        """In recipes: the rows that curvature is made of, and what they are to the model."""
+        return {
             "code": __version__,
             "corpus": self.pipeline.corpus,
             "model": self.facts,
             "tokenizer": tokenizer_digest(load_tokenizer(self.pipeline.model)),
-            "curvature": spec,
         }
-        return Recipe("factors", fields)
+
+    @property
+    def reader(self) -> ReaderSpec:
+        """How rows are read for curvature: long ones are cut."""
+        longest = min(self.spec.max_tokens, self.config.source.max_tokens)
+        return replace(self.pipeline.reader, max_tokens=longest, overlong="truncate")
+
+    @cached_property
+    def factor_recipe(self) -> Recipe:
+        """What factors are made from; its digest names their folder."""
+        spec = {**asdict(self.spec), "max_tokens": self.reader.max_tokens}
+        return Recipe("factors", {**self.rows, "curvature": spec})
 
     @property
     def factors_url(self) -> str | None:
         """Where the factors lie, or will; None where no method uses curvature."""
-        if self.spec.kind == "identity" or set(self.methods) <= {WITHOUT_CURVATURE}:
+        if self.spec.kind == "identity" or set(self.methods) <= WITHOUT_CURVATURE:
             return None
         return storage.join(self.pipeline.store, "factors", self.factor_recipe.digest)
 
-    def _fit(self, crew: Crew) -> None:
-        if (url := self.factors_url) is None:
-            return
-        longest = min(self.spec.max_tokens, self.config.source.max_tokens)
-        reader = replace(self.pipeline.reader, max_tokens=longest, overlong="truncate")
-        bad = self.config.source.max_bad_fraction
-        spec = FitSpec(url, reader, self.spec, self.config.curvature.shard_rows, bad)
-        _, done = fit(spec, self.factor_recipe, self.pipeline.whole_manifest, self.identity, crew)
+    def fit(self, crew: Crew, recipe: Recipe, spec: CurvatureSpec) -> str:
+        """The folder of the factors of `recipe`, fitted now where they are not there."""
+        url, bad = storage.join(self.pipeline.store, "factors", recipe.digest), self.config.source.max_bad_fraction
+        made = FitSpec(url, self.reader, spec, self.config.curvature.shard_rows, bad)
+        _, done = fit(made, recipe, self.pipeline.whole_manifest, self.identity, crew)
         if done is not None:
             self.pipeline.timed("fit", done)
+        return url
 
     # test vectors
 
     def _vector(self, method: str) -> VectorSpec:
         c, behaviours = self.config.curvature, self.behaviours(method)
-        plain = method == WITHOUT_CURVATURE or self.spec.kind == "identity"
+        cg = None if method in WITHOUT_CURVATURE else cg_rows(self)
+        plain = method in WITHOUT_CURVATURE or (self.spec.kind == "identity" and cg is None)
         concepts = {x.name: concept_digest(x) for x in self.pipeline.concept_list}
         fields = {
             "code": __version__,
@@ -271,17 +295,19 @@ class Influence:
             "layers": asdict(self.spec.layers),
             "behaviours": [[b.name, asdict(b.spec), b.reduction] for b in behaviours],
             "concepts": concepts if any(b.spec.of_concept for b in behaviours) else {},
+            "saes": sorted({sae_digest(b.latent.sae) for b in behaviours if b.latent is not None}),
             "queries": [asdict(q) for q in self.queries],
-            "factors": None if plain else self.factor_recipe.digest,
+            "factors": None if plain or cg is not None else self.factor_recipe.digest,
             "damping": None if plain else asdict(self.damping),
             "rank": c.rank,
         }
-        recipe = Recipe("test_vector", fields)
+        recipe = Recipe("test_vector", fields if cg is None else {**fields, "cg": cg_fields(self)})
         url = storage.join(self.pipeline.store, "test_vectors", f"{method}-{recipe.digest}")
         kind, factors = ("identity", None) if plain else (self.spec.kind, self.factors_url)
-        return VectorSpec(
+        made = VectorSpec(
             method, url, recipe, self.identity, behaviours, self.queries, kind, factors, self.damping, c.rank
         )
+        return made if cg is None else replace(made, kind="cg", factors=None, cg=cg)
 
     @cached_property
     def _vectors(self) -> dict[str, VectorSpec]:
@@ -295,11 +321,25 @@ class Influence:
         budget = self.pipeline.session.gradient_token_budget
         specs = list(self._vectors.values())
         with differentiators(DifferentiatorSpec(self.model, self.spec.layers, budget), self.pipeline.session) as crew:
-            self._fit(crew)
+            if self.factors_url is not None:
+                self.fit(crew, self.factor_recipe, self.spec)
             found = make_test_vectors(specs, crew)
         if self.factors_url is None:  # else the fit has said it, before the work
             say_coverage(Coverage(**next(iter(found.values())).meta["coverage"]))
         return found
+
+    def item_vector(
+        self,
+        name: str,
+        items: Sequence[Query],
+        behaviour: Behaviour,
+        layers: LayerChoice,
+        sae: str | None = None,
+        sae_digest: str | None = None,
+        kind: Literal["identity"] | None = None,
+    ) -> tuple[str, TestVectorHeader]:
+        """(URL without suffix, header) of the test vector with one row an item; see `jobs.item_vectors`."""
+        return ItemVector(self, name, items, behaviour, layers, sae, sae_digest, kind).make()
 
     @property
     def urls(self) -> dict[str, str]:
@@ -325,6 +365,10 @@ class Influence:
         todo = url is not None and not storage.exists(storage.join(url, INDEX))
         rows = min(self.spec.examples, self.pipeline.whole_manifest.rows) if todo else 0
         passes = 2 if self.spec.kind == "ekfac" else 1
+        if self.cg is not None and not set(self.methods) <= WITHOUT_CURVATURE:
+            solved = sum(len(r) for method, r in reads.items() if method not in WITHOUT_CURVATURE)
+            rows = min(self.cg.rows, self.pipeline.whole_manifest.rows)
+            passes = 2 * solved * self.cg.iterations  # a product is about two forwards and backwards a behaviour
         return InfluencePlan(self.model, self.spec.layers, reads, self.config.curvature.rank, rows, passes)
 
     def told(self) -> str:

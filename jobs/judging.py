@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -108,5 +108,5 @@ def _probe(pipeline: Pipeline) -> PoolJudge:
     positive = str(j.positive_label)  # as the rows' labels are read: 1, true
     rows = labelled_rows(url, j.format, j.columns, positive, j.max_rows, "judge's probe", "judge")
     spec = ProbeSpec(model, who, rows, positive, j.layer, _longest(pipeline))
-    recipe = {"files": rows.digests, "columns": asdict(j.columns), "max_rows": j.max_rows}
+    recipe = {"files": rows.digests, "columns": j.columns.facts(), "max_rows": j.max_rows}
     return probe_judge(spec, recipe, pipeline.store, pipeline.session)

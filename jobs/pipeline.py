@@ -18,6 +18,7 @@ from connectors.packages import expand
 from curate import __version__
 from curate.concepts import concept as concept_files
 from curate.concepts.concept import Concept, check_fits
+from curate.concepts.latent_file import latent_concepts
 from curate.corpus.example import ColumnMap
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
@@ -40,7 +41,7 @@ from curate.runtime.session import Session
 from curate.runtime.stage import StageResult
 from curate.scoring.base import Needs, Scorer
 from curate.scoring.registry import SCORERS, make_scorers
-from curate.selection.select import Decision, Rule
+from curate.selection.select import Decision, Rule, decide
 from jobs.influence import METHODS, Influence, scorer_options
 from jobs.judging import make_judge
 
@@ -131,7 +132,7 @@ class Pipeline:
     @cached_property
     def corpus(self) -> dict[str, Any]:
         """What the corpus is, for recipes: all of it, so that a run over more rows goes on from one over fewer."""
-        return {"digest": self._source[0].digest, "columns": asdict(self._source[1])}
+        return {"digest": self._source[0].digest, "columns": self._source[1].facts()}
 
     @cached_property
     def model(self) -> ModelSpec:
@@ -193,19 +194,23 @@ class Pipeline:
                 raise ConfigError(
                     f"concept.{name}.positive_label is not set; give the label of the rows with the trait"
                 )
-            path = expand(s.path) if isinstance(s.path, str) else [expand(u) for u in s.path]
-            return [making.probe(context, s.name or name, path, s.format, s.columns, s.positive_label, s.max_rows)]
+            rows = expand(s.path) if isinstance(s.path, str) else [expand(u) for u in s.path]
+            return [making.probe(context, s.name or name, rows, s.format, s.columns, s.positive_label, s.max_rows)]
         if not isinstance(s.path, str):
-            raise ConfigError(f"concept.{name}.path is a list; a persona vector is made from one trait file")
-        label = s.name or (making.load_trait(expand(s.path)).name if name == "persona" else name)
+            raise ConfigError(f"concept.{name}.path is a list; a concept of the kind {s.kind!r} is made from one file")
+        path = expand(s.path)
+        if s.kind == "sae":
+            file = {"format": s.format, "layer": s.layer, "name": s.name, "scale": s.scale}
+            return latent_concepts(path, s.latents, self.identity, s.allow_other_model, **file)
+        label = s.name or (making.load_trait(path).name if name == "persona" else name)
         if s.method == "teacher_forced":
-            return [making.persona(context, label, expand(s.path), s.with_instruction)]
+            return [making.persona(context, label, path, s.with_instruction)]
         judge = self.judge()
         return [
             making.persona_rollouts(
                 context,
                 label,
-                expand(s.path),
+                path,
                 s.rollouts,
                 replace(self.sampling, max_new_tokens=s.max_new_tokens),
                 judge,
@@ -251,7 +256,7 @@ class Pipeline:
         plain = {name: options for name, options in self.scorer_options.items() if name not in METHODS}
         found = [s.needs() for s in make_scorers(plain, self.concept_list)] if plain else []
         needs = Needs.union([*found, Needs(derivatives=frozenset(self.influence.methods))])
-        top = max(needs.layers | needs.generated | needs.gradients, default=0)
+        top = max(needs.layers | needs.generated | needs.gradients | needs.states, default=0)
         if top > self.identity["layers"]:
             raise ConfigError(
                 f"layer {top} is asked for, but the model has {self.identity['layers']} layers "
@@ -321,10 +326,8 @@ class Pipeline:
     @cached_property
     def select_spec(self) -> SelectSpec:
         column = pick_column(list(self._scores.columns), self.config.selector.column)
-        root = self.source_urls[0]
-        return SelectSpec(
-            self.scores_place, self.manifest.format, root, self.place.curated, self.place.ledger, column, self.rule
-        )
+        places = (self.source_urls[0], self.place.curated, self.place.ledger)
+        return SelectSpec(self.scores_place, self.manifest.format, *places, column, self.rule.text())
 
     @cached_property
     def decision(self) -> Decision:
@@ -335,7 +338,10 @@ class Pipeline:
             "column": self.select_spec.column,
             "rule": asdict(self.rule),
         }
-        return select(self.select_spec, Recipe("selection", fields), self.manifest, self._scores)
+        groups = self._scores.groups if self.rule.per_group else None
+        decision = decide(self._scores.columns[self.select_spec.column], self.rule, groups)
+        select(decision, self.select_spec, Recipe("selection", fields), self.manifest, self._scores)
+        return decision
 
     def select(self) -> None:
         """Write curated shards and ledgers."""

@@ -150,21 +150,21 @@ def check_fits(
     who = f"concept {concept.name!r}"
     if concept.width != width:
         raise ConceptError(
-            f"{who} has width {concept.width}, the model {_title(identity)} has {width}. It was made from "
-            f"{_title(concept.model)}; make it again from the model that you score with."
+            f"{who} has width {concept.width}, the model {title(identity)} has {width}. It was made from "
+            f"{title(concept.model)}; make it again from the model that you score with."
         )
     rows = len(concept.vectors)
     partial = bool(concept.meta.get("partial_rows"))
     if rows > n_layers + 1 or (rows < n_layers + 1 and not partial):
         raise ConceptError(
-            f"{who} has {rows} rows, made for a model of {rows - 1} layers; {_title(identity)} has {n_layers} layers "
+            f"{who} has {rows} rows, made for a model of {rows - 1} layers; {title(identity)} has {n_layers} layers "
             f"({n_layers + 1} rows, the embeddings included)"
         )
     for layer in layers:
         concept.check_layer(layer)
     if not allow_other_model and not same_model(concept.model, identity):
         raise ConceptError(
-            f"{who} was made from {_title(concept.model)}, but the model to score with is {_title(identity)}. Vectors "
+            f"{who} was made from {title(concept.model)}, but the model to score with is {title(identity)}. Vectors "
             f"of one model mean nothing in another, even of equal width. Make the concept again, or set "
             f"concept.<name>.allow_other_model=true if the two share their base."
         )
@@ -198,7 +198,7 @@ def save(concept: Concept, url: str) -> str:
         "normalised": False,
         "shape": list(concept.vectors.shape),
         "model": concept.model,
-        "meta": _plain(concept.meta),
+        "meta": as_json(concept.meta),
         "digest": digest(concept),
     }
     text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -262,12 +262,12 @@ def _vector_bytes(vectors: np.ndarray) -> bytes:
     return np.where(np.isnan(vectors), np.float32("nan"), vectors + np.float32(0)).astype("<f4").tobytes()
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """JSON values: NumPy scalars as Python's, NaN and infinities as null."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [as_json(v) for v in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -275,7 +275,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _title(identity: Mapping[str, Any]) -> str:
+def title(identity: Mapping[str, Any]) -> str:
+    """A model's identity in words: name, and the beginnings of its digests."""
     if not identity:
         return "a model that the file does not name"
     marks = [f"{k} {str(identity[k])[:12]}" for k in ("digest", "adapter") if identity.get(k)]

@@ -65,16 +65,7 @@ def read_pt(url: str, key: str | None = None) -> ReadVectors:
     Raises:
         ConceptError: not such a file, other contents, or several entries and no `key`. StorageError: not readable.
     """
-    raw = storage.read_bytes(url)
-    try:
-        data = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ConceptError(
-            f"{url} cannot be read as tensors alone: it is not a PyTorch file, or it holds other Python objects, which "
-            f"are not loaded because they can run code. Save the bare tensor again: torch.save(vectors, path)."
-        ) from e
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as e:
-        raise ConceptError(f"{url} is not a whole PyTorch file ({type(e).__name__}: {str(e)[:200]})") from e
+    data = read_tensors(url, "Save the bare tensor again: torch.save(vectors, path).")
     name, pooling, assumed = _pt_name(url)
     meta: dict[str, Any] = {"file": _base(url)}
     if assumed:
@@ -95,6 +86,24 @@ def read_pt(url: str, key: str | None = None) -> ReadVectors:
             f"belongs to hidden_states[l]"
         )
     return ReadVectors(name, vectors, "persona_vectors.pt", pooling, meta)
+
+
+def read_tensors(url: str, remedy: str) -> Any:
+    """What a PyTorch file holds, if that is tensors and plain containers alone (`weights_only=True`).
+
+    Raises:
+        ConceptError: not such a file; `remedy` says how to make one. StorageError: not readable.
+    """
+    raw = storage.read_bytes(url)
+    try:
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ConceptError(
+            f"{url} cannot be read as tensors alone: it is not a PyTorch file, or it holds other Python objects, which "
+            f"are not loaded because they can run code. {remedy}"
+        ) from e
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as e:
+        raise ConceptError(f"{url} is not a whole PyTorch file ({type(e).__name__}: {str(e)[:200]})") from e
 
 
 def read_gguf(url: str) -> ReadVectors:
@@ -141,7 +150,7 @@ def read_gguf(url: str) -> ReadVectors:
         "layers_in_file": f"direction.N is hidden_states[N{'+1' if shift else ''}]",
     }
     pooling: Pooling = "text_mean" if signed else "last_token"
-    return ReadVectors(_slug(_base(url).rsplit(".", 1)[0]), _rows(url, rows), "control_vector.gguf", pooling, meta)
+    return ReadVectors(slug(_base(url).rsplit(".", 1)[0]), _rows(url, rows), "control_vector.gguf", pooling, meta)
 
 
 def _text(reader: gguf.GGUFReader, name: str) -> str | None:
@@ -197,13 +206,14 @@ def _pt_name(url: str) -> tuple[str, Pooling, bool]:
     stem = _base(url).rsplit(".", 1)[0]
     for suffix, pooling in _SUFFIXES.items():
         if stem.endswith(suffix) and stem != suffix:
-            return _slug(stem.removesuffix(suffix)), pooling, False
-    return _slug(stem), "response_mean", True
+            return slug(stem.removesuffix(suffix)), pooling, False
+    return slug(stem), "response_mean", True
 
 
 def _base(url: str) -> str:
     return url.rsplit("/", 1)[-1]
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """`text` as a name that can be part of a column's name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).lstrip("_-") or "concept"

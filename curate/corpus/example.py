@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from curate.corpus.multiple_choice import INSTRUCTION, AnswerForm, Question, make_question
 from curate.errors import BadRow, ConfigError, CorpusError, near
 
-Layout = Literal["auto", "messages", "prompt_response", "alpaca"]
+Layout = Literal["auto", "messages", "prompt_response", "alpaca", "multiple_choice"]
 ROLES = ("system", "user", "assistant", "tool")
 # Names that other formats use for the same roles (ShareGPT and friends).
 ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
@@ -57,7 +58,11 @@ class Example:
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """Which columns of the source make an Example. `layout=auto` decides by the columns that are there."""
+    """Which columns of the source make an Example. `layout=auto` decides by the columns that are there.
+
+    Of multiple choice: `answer_form` is what the response says of the right option, `choice_instruction` stands below
+    the options, and `choice_seed` shuffles them, question by question.
+    """
 
     layout: Layout = "auto"
     messages: str = "messages"
@@ -69,6 +74,12 @@ class ColumnMap:
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
+    question: str = "question"
+    choices: str = "choices"
+    answer: str = "answer"
+    answer_form: AnswerForm = "letter_and_text"
+    choice_instruction: str = INSTRUCTION
+    choice_seed: int | None = None
     id: str | None = None
     label: str | None = None
     group: str | None = None
@@ -79,6 +90,7 @@ class ColumnMap:
             "messages": (self.messages,),
             "prompt_response": (self.prompt, self.response),
             "alpaca": (self.instruction, self.output),
+            "multiple_choice": (self.question, self.choices, self.answer),
         }[layout]
         extra = tuple(c for c in (self.system, self.id, self.label, self.group) if c)
         return needed + extra
@@ -98,15 +110,15 @@ class ColumnMap:
         if layout == "auto":
             fits = [
                 name
-                for name in ("messages", "prompt_response", "alpaca")
-                if all(c in have for c in self.required(name)[: 1 if name == "messages" else 2])  # type: ignore[arg-type]
+                for name, n in (("messages", 1), ("prompt_response", 2), ("alpaca", 2), ("multiple_choice", 3))
+                if all(c in have for c in self.required(name)[:n])  # type: ignore[arg-type]
             ]
             if not fits:
                 raise CorpusError(
                     f"{where} has the columns {sorted(have)!r}, which fit no known layout: expected "
                     f"{self.messages!r}, or {self.prompt!r} and {self.response!r}, or {self.instruction!r} and "
-                    f"{self.output!r}. Name your columns, for example source.columns.prompt=question "
-                    f"source.columns.response=answer."
+                    f"{self.output!r}, or {self.question!r}, {self.choices!r} and {self.answer!r}. Name your columns, "
+                    f"for example source.columns.prompt=question source.columns.response=answer."
                 )
             layout = fits[0]  # type: ignore[assignment]
         for column in self.required(layout):
@@ -116,6 +128,12 @@ class ColumnMap:
                     f"(set under source.columns; layout {layout!r})"
                 )
         return ColumnMap(**{**self.__dict__, "layout": layout})
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values, for recipes: what is for multiple choice alone only where it is used, or was set."""
+        own = ("question", "choices", "answer", "answer_form", "choice_instruction", "choice_seed")
+        unused = () if self.layout == "multiple_choice" else own
+        return {k: v for k, v in asdict(self).items() if k not in unused or v != getattr(ColumnMap, k)}
 
     def used(self) -> tuple[str, ...]:
         """All columns a reader must deliver, required and optional, for a resolved map."""
@@ -147,7 +165,7 @@ def _text(value: Any, what: str) -> str:
     raise BadRow(f"{what} is {type(value).__name__}, not text")
 
 
-def _messages(record: Mapping[str, Any], columns: ColumnMap) -> list[Message]:
+def _messages(record: Mapping[str, Any], row: int, columns: ColumnMap) -> list[Message]:
     if columns.layout == "messages":
         turns = record.get(columns.messages)
         if turns is None:
@@ -170,6 +188,12 @@ def _messages(record: Mapping[str, Any], columns: ColumnMap) -> list[Message]:
         out.append(Message("user", _text(record.get(columns.prompt), repr(columns.prompt))))
         out.append(Message("assistant", _text(record.get(columns.response), repr(columns.response))))
         return out
+    if columns.layout == "multiple_choice":
+        question = to_question(record, row, columns)
+        system = record.get(columns.system) if columns.system else None
+        out = [Message("system", _text(system, columns.system or ""))] if system else []
+        out.append(Message("user", question.listed(columns.choice_instruction)))
+        return [*out, Message("assistant", question.answer(columns.answer_form))]
     instruction = _text(record.get(columns.instruction), repr(columns.instruction))
     extra = record.get(columns.input)
     if extra:
@@ -183,7 +207,7 @@ def to_example(record: Mapping[str, Any], row: int, columns: ColumnMap) -> Examp
     Raises:
         BadRow: no assistant turn, an empty response, or a value of the wrong type.
     """
-    turns = _messages(record, columns)
+    turns = _messages(record, row, columns)
     while turns and turns[-1].role != "assistant":
         turns.pop()
     if not turns:
@@ -200,6 +224,20 @@ def to_example(record: Mapping[str, Any], row: int, columns: ColumnMap) -> Examp
         label=_name(record, columns.label),
         group=_name(record, columns.group),
     )
+
+
+def to_question(record: Mapping[str, Any], row: int, columns: ColumnMap) -> Question:
+    """The multiple-choice question of one row; without an id it is named by its row.
+
+    Raises:
+        BadRow: no question, choices that are none, or an answer that names no single one.
+    """
+    text = _text(record.get(columns.question), repr(columns.question))
+    if not text.strip():
+        raise BadRow(f"{columns.question!r} is an empty text")
+    name = _name(record, columns.id or "id") or str(row)
+    values, names = (record.get(columns.choices), record.get(columns.answer)), (columns.choices, columns.answer)
+    return make_question(name, text, *values, columns.choice_seed, names)
 
 
 def _name(record: Mapping[str, Any], column: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Spread: a sample of rows, evenly over a corpus, and the shards that it is worked on in.
+"""Spread: a sample of rows, evenly over a corpus or drawn by a seed, and the shards that it is worked on in.
 
 In: a manifest and how many rows. Out: ranges of rows within units; a function of these alone, so that a resumed run
 cuts the same shards. Knows no storage and reads nothing.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+
+import numpy as np
 
 from curate.corpus.coverage import Range
 from curate.corpus.units import Manifest, Unit
@@ -47,6 +49,28 @@ def spread(manifest: Manifest, rows: int) -> list[Piece]:
         if ranges:
             pieces.append((unit, ranges))
         offset = end
+    return pieces
+
+
+def draw(manifest: Manifest, rows: int, seed: int) -> list[Piece]:
+    """`rows` of the corpus (or all, if it has no more), each drawn by itself, in order.
+
+    Raises:
+        ConfigError: fewer than one row is asked for.
+    """
+    if rows < 1:
+        raise ConfigError(f"a sample of {rows} rows is asked for; it must be at least 1")
+    total = manifest.rows
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(rows, total), replace=False, shuffle=False))
+    pieces: list[Piece] = []
+    offset = 0
+    for unit in manifest.units:
+        first, last = np.searchsorted(chosen, [offset, offset + unit.rows])
+        at = chosen[first:last] - offset + unit.start
+        if len(at):
+            runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+            pieces.append((unit, [(int(run[0]), int(run[-1]) + 1) for run in runs]))
+        offset += unit.rows
     return pieces
 
 

@@ -7,6 +7,8 @@ over the queries. Knows no curvature and no file.
     contrast          f = L(negative) − L(positive)         … than at the answer without the behaviour
     concept           f = P(positive)                       the activations lie more along v
     concept_contrast  f = P(positive) − P(negative)         … than those of the answer without it
+    latent            f = R(positive)                       the latent of an SAE is more active
+    latent_contrast   f = R(positive) − R(negative)         … than in the answer without the behaviour
 
 L is the mean (or sum) of the cross-entropies of the response tokens with their end of turn, [start, end). P pools the
 residual stream h_t of one layer over the response tokens [start, stop), v being of length 1:
@@ -16,6 +18,9 @@ residual stream h_t of one layer over the response tokens [start, stop), v being
     softmax            Σ_t w_t p_t, with p_t = v·h_t and w = softmax(p/temperature): near the largest p_t; the gradient
                        goes through the weights too
     last_prompt_token  v·h_{start−1}: what the model is about to do, whatever the answer says
+
+R is the mean of a latent's activation over the response tokens, its encoder being that of the SAE. (Its decoder row is
+a concept like any other.) A latent that is active on none of them has a gradient of zero.
 
 Whatever two answers to one prompt share (topic, syntax) cancels in a contrast. Every f grows with the behaviour.
 """
@@ -32,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from curate.concepts.concept import Concept, direction
+from curate.concepts.sae import Latent, activations, check_width
 from curate.corpus.render import Rendered
 from curate.curvature.fisher import Reduction
 from curate.curvature.queries import Query
@@ -42,7 +48,7 @@ from curate.models.response_loss import summed_response_loss
 from curate.models.tap import width
 from curate.models.tracked import TrackedLayer
 
-Kind = Literal["concept", "loss", "contrast", "concept_contrast"]
+Kind = Literal["concept", "loss", "contrast", "concept_contrast", "latent", "latent_contrast"]
 Pooling = Literal["response_mean", "last_prompt_token", "cosine", "softmax"]
 Gradients = dict[str, dict[str, Tensor]]
 """By behaviour name and layer name: ∇f [out, in] on the CPU, float32 (float64 of a float64 model)."""
@@ -68,6 +74,10 @@ class BehaviourSpec:
             raise ConfigError(f"the kind of a behaviour is {self.kind!r}{near(self.kind, get_args(Kind))}")
         if self.pooling not in get_args(Pooling):
             raise ConfigError(f"the pooling of a behaviour is {self.pooling!r}{near(self.pooling, get_args(Pooling))}")
+        if self.of_latent and (self.pooling != "response_mean" or self.layer is not None):
+            raise ConfigError(
+                f"the behaviour {self.kind!r} is a mean at its SAE's layer: it takes no pooling and no layer"
+            )
         if not self.of_concept and (self.pooling != "response_mean" or self.layer is not None):
             raise ConfigError(f"the behaviour {self.kind!r} reads no activations: it takes no pooling and no layer")
         if self.pooling == "last_prompt_token" and self.whole:
@@ -82,25 +92,32 @@ class BehaviourSpec:
 
     @property
     def of_concept(self) -> bool:
-        """Whether a concept's direction is read."""
-        return self.kind in ("concept", "concept_contrast")
+        """Whether a concept is read: its direction, or the activation of the latent that it stands for."""
+        return self.kind in ("concept", "concept_contrast") or self.of_latent
+
+    @property
+    def of_latent(self) -> bool:
+        """Whether a latent's activation is read."""
+        return self.kind in ("latent", "latent_contrast")
 
     @property
     def contrasts(self) -> bool:
         """Whether queries need a negative answer."""
-        return self.kind in ("contrast", "concept_contrast")
+        return self.kind in ("contrast", "concept_contrast", "latent_contrast")
 
 
 @dataclass(frozen=True, eq=False)
 class Behaviour:
     """f, ready to be differentiated. `name` is that of its score columns after the method's ("loss", "contrast",
-    "<concept>.L16", "<concept>.L16.cosine", "<concept>.contrast.L16"); `top` the layer that is read, None: the last."""
+    "<concept>.L16", "<concept>.L16.cosine", "<concept>.contrast.L16", "<SAE>-<latent>.latent.L16"); `top` the layer
+    that is read, None: the last. `direction` is of concepts, `latent` of latents."""
 
     name: str
     spec: BehaviourSpec
     top: int | None
     direction: Float[Tensor, " d"] | None
     reduction: Reduction
+    latent: Latent | None = None
 
     def sides(self, query: Query) -> list[tuple[Rendered, float]]:
         """The conversations that f reads, each with its sign: f = Σ sign · (P or −L).
@@ -111,7 +128,7 @@ class Behaviour:
         if self.spec.contrasts and query.negative is None:
             raise CurvatureError(
                 f"query {query.id!r} has no negative answer, which the behaviour {self.name!r} contrasts with; give "
-                f"pairs, or choose the kind {'concept' if self.spec.of_concept else 'loss'!r}"
+                f"pairs, or choose the kind {self.spec.kind.removesuffix('contrast').rstrip('_') or 'loss'!r}"
             )
         sides = [(query.positive, 1.0)]
         if self.spec.contrasts and query.negative is not None:
@@ -141,7 +158,11 @@ class Behaviour:
         return f
 
     def _pooled(self, hidden: Float[Tensor, "tokens d"], rendered: Rendered) -> Float[Tensor, ""]:
-        assert self.direction is not None  # of every behaviour of a concept
+        if self.latent is not None:
+            sae = self.latent.sae.to(hidden.device, hidden.dtype)
+            states = hidden[0 if self.spec.whole else rendered.start : rendered.stop]
+            return activations(sae, states, [self.latent.index]).mean()
+        assert self.direction is not None  # of every other behaviour of a concept
         v = self.direction.to(hidden)
         if self.spec.pooling == "last_prompt_token":
             return hidden[rendered.start - 1] @ v
@@ -158,14 +179,20 @@ class Behaviour:
         return total / (rendered.end - start) if self.reduction == "mean" else total
 
 
-def make_behaviour(spec: BehaviourSpec, concept: Concept | None = None, reduction: Reduction = "mean") -> Behaviour:
+def make_behaviour(
+    spec: BehaviourSpec, concept: Concept | None = None, reduction: Reduction = "mean", latent: Latent | None = None
+) -> Behaviour:
     """
     Args:
         concept: of the kinds that read one. reduction: L is the mean or the sum over tokens, as for the examples.
+        latent: what the concept stands for, of the kinds that read a latent (`latent_file.latents_of`).
 
     Raises:
-        ConfigError: a concept is missing, or given where none is read. ConceptError: it has no direction at the layer.
+        ConfigError: a concept or latent is missing, or given where none is read. ConceptError: the concept has no
+            direction at the layer.
     """
+    if spec.of_latent != (latent is not None):
+        raise ConfigError(f"the behaviour {spec.kind!r} " + ("needs a latent" if spec.of_latent else "has no latent"))
     if spec.of_concept != (concept is not None):
         raise ConfigError(
             f"the behaviour {spec.kind!r} " + ("needs a concept" if spec.of_concept else "has no concept")
@@ -175,6 +202,9 @@ def make_behaviour(spec: BehaviourSpec, concept: Concept | None = None, reductio
     suffix = ["whole"] if spec.whole else []
     if concept is None:
         return Behaviour(".".join([spec.kind, *suffix]), spec, None, None, reduction)
+    if latent is not None:
+        name = ".".join([concept.name, spec.kind, f"L{latent.sae.layer}", *suffix])
+        return Behaviour(name, spec, latent.sae.layer, None, reduction, latent)
     v = torch.from_numpy(direction(concept, spec.layer))
     layer = concept.layer if spec.layer is None else spec.layer
     pooling = [] if spec.pooling == "response_mean" else [spec.pooling]
@@ -214,6 +244,8 @@ def query_gradients(
 def _mean_gradient(
     model: PreTrainedModel, layers: Sequence[TrackedLayer], behaviour: Behaviour, queries: Sequence[Query], pad_id: int
 ) -> dict[str, Tensor]:
+    if behaviour.latent is not None:
+        check_width(behaviour.latent.sae, width(model))
     if behaviour.direction is not None and len(behaviour.direction) != width(model):
         raise CurvatureError(
             f"the behaviour {behaviour.name!r} has a direction of width {len(behaviour.direction)}, the model one of "
@@ -252,7 +284,7 @@ def _check(name: str, gradient: Mapping[str, Tensor]) -> None:
     if not any(bool(block.any()) for block in gradient.values()):
         raise CurvatureError(
             f"the gradient of {name!r} is zero in all of the {len(gradient)} tracked layers: no example can score. Its "
-            f"queries cancel, or nothing that is tracked reaches what it reads"
+            f"queries cancel, its latent is active on none of them, or nothing that is tracked reaches what it reads"
         )
     for layer, block in gradient.items():
         if not bool(torch.isfinite(block).all()):

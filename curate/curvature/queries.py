@@ -5,7 +5,8 @@ In: a trait file, rows of any readable file, or judged answers. Out: QueryExampl
 
 A query is one answer that shows the behaviour (`positive`) and, for contrasts, one to the same prompt that does not
 (`negative`). Files: `prompt`, `positive`, `negative` (or `messages` that end before the answer, in place of `prompt`);
-or any layout of a corpus (`messages`, `prompt` and `response`, Alpaca), whose answers are then all positive.
+or any layout of a corpus (`messages`, `prompt` and `response`, Alpaca, multiple choice), whose answers are then all
+positive; a multiple-choice question may take a wrong option as its negative.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from connectors import registry
 from curate.concepts.trait import Trait
-from curate.corpus.example import ColumnMap, Example, Message, to_example
+from curate.corpus.example import ColumnMap, Example, Message, to_example, to_question
 from curate.corpus.render import Rendered, Renderer
 from curate.errors import BadRow, CurvatureError
 
@@ -63,11 +64,13 @@ class Query:
 
 @dataclass(frozen=True)
 class QueryColumns:
-    """Columns of a file of queries. `corpus` reads the prompt, and the rows that have no `positive` column."""
+    """Columns of a file of queries. `corpus` reads the prompt, and the rows that have no `positive` column.
+    `wrong_option`: a multiple-choice question's negative is one of its wrong options (see `Question.wrong`)."""
 
     positive: str = "positive"
     negative: str = "negative"
     corpus: ColumnMap = field(default_factory=ColumnMap)
+    wrong_option: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,37 @@ def queries_from_file(
     """
     where = url if isinstance(url, str) else ", ".join(url)
     return queries_from_rows(islice(_rows(url, file_format), max_queries), columns, where)
+
+
+def question_options(
+    url: str | Sequence[str],
+    columns: QueryColumns | None = None,
+    file_format: str = "auto",
+    max_queries: int | None = None,
+) -> list[tuple[list[Example], int] | None]:
+    """Of the rows that `queries_from_file` reads, in its order: every option of a multiple-choice question as an answer
+    to the same prompt, in the file's order, and which is right; None for rows that are no such question.
+
+    Raises:
+        CurvatureError, CorpusError, StorageError: as `queries_from_file`.
+    """
+    columns = columns or QueryColumns()
+    where = url if isinstance(url, str) else ", ".join(url)
+    out: list[tuple[list[Example], int] | None] = []
+    for i, row in enumerate(islice(_rows(url, file_format), max_queries)):
+        found = None
+        try:
+            if row.get(columns.positive) is None:
+                found = _corpus_map(row, columns, where)
+            if found is None or found.layout != "multiple_choice":
+                out.append(None)
+                continue
+            example, question = to_example(row, i, found), to_question(row, i, found)
+        except BadRow as e:
+            raise CurvatureError(f"{where}: row {i} is no query: {e.reason}") from None
+        texts = [question.answer(found.answer_form, k) for k in range(len(question.choices))]
+        out.append(([_answered(example, text) for text in texts], question.right))
+    return out
 
 
 def top_queries(candidates: Sequence[Candidate], k: int = 5, paired: bool = False) -> list[QueryExample]:
@@ -214,8 +248,16 @@ def _query(row: Mapping[str, Any], i: int, columns: QueryColumns, where: str) ->
     if row.get(columns.positive) is None:
         if row.get(columns.negative) is not None:
             raise BadRow(f"it has {columns.negative!r} and no {columns.positive!r}")
-        example = to_example(row, i, map_.resolve(list(row), where))
-        return QueryExample(example.id, example)
+        found = _corpus_map(row, columns, where)
+        example = to_example(row, i, found)
+        if not columns.wrong_option:
+            return QueryExample(example.id, example)
+        if found.layout != "multiple_choice":
+            raise BadRow(f"it is no multiple-choice question (layout {found.layout!r}) and so has no wrong option")
+        question = to_question(row, i, found)
+        return QueryExample(
+            example.id, example, _answered(example, question.answer(found.answer_form, question.wrong()))
+        )
     turns = row.get(map_.messages)
     if isinstance(turns, Sequence) and not isinstance(turns, str):
         answer = {map_.role_key: "assistant", map_.content_key: row[columns.positive]}
@@ -230,6 +272,13 @@ def _query(row: Mapping[str, Any], i: int, columns: QueryColumns, where: str) ->
     if not isinstance(negative, str) or not negative.strip():
         raise BadRow(f"{columns.negative!r} is no text")
     return QueryExample(positive.id, positive, _answered(positive, negative))
+
+
+def _corpus_map(row: Mapping[str, Any], columns: QueryColumns, where: str) -> ColumnMap:
+    map_ = columns.corpus
+    if map_.layout == "multiple_choice" and row.get(map_.answer) is None:
+        raise BadRow(f"{map_.answer!r} is missing, so the question has no right answer")
+    return map_.resolve(list(row), where)
 
 
 def _answered(example: Example, answer: str) -> Example:

@@ -164,7 +164,7 @@ def solve_all(
             f"more examples, or track other layers"
         )
     vector = TestVector(names, used, blocks, {**(meta or {}), "damping": asdict(damping)})
-    return vector if rank is None else _with_energy(vector, rank, energy)
+    return vector if rank is None else with_energy(vector, rank, energy)
 
 
 def _solved(
@@ -281,7 +281,7 @@ def low_rank(vector: TestVector, rank: int) -> tuple[TestVector, float]:
     _check_rank(rank)
     blocks = {layer.name: cut(vector.blocks[layer.name], rank) for layer in vector.layers}
     before = vector.norm().square()
-    thin = _with_energy(TestVector(vector.names, vector.layers, blocks, vector.meta), rank, before)
+    thin = with_energy(TestVector(vector.names, vector.layers, blocks, vector.meta), rank, before)
     total = float(thin.norm().square().sum() / before.sum()) if float(before.sum()) > 0 else 1.0
     return thin, min(total, 1.0)
 
@@ -291,7 +291,7 @@ def _check_rank(rank: int | None) -> None:
         raise CurvatureError(f"the rank of a test vector is {rank}; it must be at least 1")
 
 
-def _with_energy(thin: TestVector, rank: int, before: Float[Tensor, " q"]) -> TestVector:
+def with_energy(thin: TestVector, rank: int, before: Float[Tensor, " q"]) -> TestVector:
     """`thin` with its rank and, by name, its share of the ‖s‖² that was `before` it was cut."""
     shares = torch.where(before > 0, thin.norm().square() / before, 1.0).clamp(max=1.0)
     kept = {"rank": rank, "energy_kept": dict(zip(thin.names, shares.tolist(), strict=True))}

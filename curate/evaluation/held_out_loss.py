@@ -53,6 +53,19 @@ class HeldOutLoss(Evaluator):
         if not self._rows:
             raise ConfigError(f"held_out_loss: there is no row [{first}, {stop or 'end'}) in {', '.join(urls)}")
 
+    @classmethod
+    def of(cls, rows: Sequence[Example]) -> HeldOutLoss:
+        """The loss of rows that are in memory.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if not rows:
+            raise ConfigError("held_out_loss: there is no row to ask")
+        made = cls.__new__(cls)
+        made._rows = list(rows)
+        return made
+
     def fingerprint(self) -> dict[str, Any]:
         """See Evaluator."""
         text = "".join(content_id(row.messages) for row in self._rows)

@@ -10,17 +10,16 @@ on the seed and the question's id alone, and everything reported is in the file'
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from curate.corpus.example import Message, Prompt
-from curate.errors import ConfigError, near
+from curate.corpus.multiple_choice import INSTRUCTION, Question, make_question
+from curate.errors import BadRow, ConfigError, near
 from curate.evaluation.base import Candidate, Evaluator, Item, Likelihood, Metric, Sampling
 from curate.evaluation.judge import Judge
-from curate.evaluation.option_parser import MAX_OPTIONS, parse_option
+from curate.evaluation.option_parser import parse_option
 from curate.evaluation.questions import Row, check_names, digest_of, read_rows
 
 _BY = ("generation", "likelihood")
@@ -35,27 +34,6 @@ _METRICS = {
         Metric("accuracy_likelihood_sum", "Accuracy by likelihood", "capability", 0.0, 1.0),
     ),
 }
-INSTRUCTION = "Answer with the letter of the right option."
-
-
-@dataclass(frozen=True)
-class Question:
-    """`right`: index into `choices`, from 0. `order`: the choices as they are shown; `order[0]` has the letter A."""
-
-    id: str
-    text: str
-    choices: tuple[str, ...]
-    right: int
-    order: tuple[int, ...]
-
-    def shown(self) -> tuple[str, ...]:
-        """The choices in the order in which the model sees them."""
-        return tuple(self.choices[k] for k in self.order)
-
-    def listed(self, instruction: str) -> str:
-        """The question with its lettered choices."""
-        lines = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, self.shown(), strict=False)]
-        return "\n\n".join([self.text, "\n".join(lines), *([instruction] if instruction else [])])
 
 
 class MultipleChoice(Evaluator):
@@ -182,31 +160,8 @@ def _share_of_best(values: Sequence[float], right: int) -> float:
 
 
 def _question(row: Row, name: str, question: str, choices: str, answer: str, seed: int | None) -> Question:
-    labels: tuple[str, ...] | None = None
-    value = row.get(choices)
-    if isinstance(value, Mapping):  # {"text": [...], "label": [...]}, as some published sets have it
-        nested = Row(row.number, f"{row.where}: {choices!r}", value)
-        texts, labels = nested.texts("text"), nested.texts("label")
-        if len(labels) != len(texts):
-            raise ConfigError(f"{row.where}: {choices!r} has {len(texts)} texts and {len(labels)} labels")
-    else:
-        texts = row.texts(choices)
-    if not 2 <= len(texts) <= MAX_OPTIONS:
-        raise ConfigError(f"{row.where}: {choices!r} holds {len(texts)} options; expected 2 to {MAX_OPTIONS}")
-    order = list(range(len(texts)))
-    if seed is not None:
-        random.Random(f"{seed}:{name}").shuffle(order)  # seeded by text: the same on every machine and in every order
-    return Question(name, row.text(question), texts, _right(row, answer, texts, labels), tuple(order))
-
-
-def _right(row: Row, column: str, texts: Sequence[str], labels: Sequence[str] | None) -> int:
-    value = row.get(column)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(texts):
-        return value
-    for names in (labels or ascii_uppercase[: len(texts)], texts):
-        if isinstance(value, str) and list(names).count(value) == 1:
-            return list(names).index(value)
-    raise ConfigError(
-        f"{row.where}: {column!r} is {value!r}; expected the right option's index from 0 to {len(texts) - 1}, its "
-        f"{'label' if labels else 'letter'}, or its text"
-    )
+    text, value, right = row.text(question), row.get(choices), row.get(answer)
+    try:
+        return make_question(name, text, value, right, seed, (choices, answer))
+    except BadRow as e:
+        raise ConfigError(f"{row.where}: {e.reason}") from None

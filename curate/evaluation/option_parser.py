@@ -36,8 +36,9 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Literal
 
+from curate.corpus.multiple_choice import MAX_OPTIONS
+
 Rule = Literal["text", "declared", "leading", "marked", "contained", "letter", "none"]
-MAX_OPTIONS = len(ascii_uppercase)
 
 
 @dataclass(frozen=True)

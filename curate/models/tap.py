@@ -8,8 +8,9 @@ their gradients for a loss. Does not know what the activations are for, nor whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "laye
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """The pieces of a decoder, in the order that the data flows. `final_norm` is None where the model has none."""
+    """The pieces of a decoder, in the order that the data flows. `final_norm` is None where the model has none; `stack`
+    is the module that runs all but the head, and gives the last hidden state."""
 
     embeddings: nn.Module
     blocks: nn.ModuleList
     final_norm: nn.Module | None
     head: nn.Module
+    stack: nn.Module
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.embeddings, self.blocks, self.final_norm, self.head))
@@ -69,7 +72,7 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
         raise ModelError(f"{kind} has no language-model head; load it as a causal language model")
     owner = model.get_submodule(path.rpartition(".")[0])
     norm = next((getattr(owner, n) for n in _NORMS if isinstance(getattr(owner, n, None), nn.Module)), None)
-    return DecoderParts(model.get_input_embeddings(), blocks, norm, head)
+    return DecoderParts(model.get_input_embeddings(), blocks, norm, head, owner)
 
 
 def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> tuple[int, ...]:
@@ -214,33 +217,36 @@ class LayerTap:
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
 
-    @contextmanager
-    def _hooks(self, layers: Iterable[int], keep: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `keep(l, state)` as the state of layer l < L enters block l; what it returns replaces the state.
+    def _hooks(
+        self, layers: Iterable[int], keep: Callable[[int, Tensor], Tensor | None]
+    ) -> AbstractContextManager[None]:
+        """Call `keep(l, state)` as the state of layer l < L enters block l; what it returns replaces the state."""
+        return replaced_inputs(self.parts.blocks, {n: partial(keep, n) for n in layers if n < self.n_layers})
 
-        The input of a block, not the output of the one before: it holds what models add in between (positions of
-        GPT-2, the scale of Gemma's embeddings), and it is what Hugging Face reports.
-        """
 
-        def hook(layer: int) -> Callable[..., Any]:
-            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                new = keep(layer, _stream(args, kwargs))
-                if new is None:
-                    return None
-                return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+@contextmanager
+def replaced_inputs(blocks: nn.ModuleList, calls: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Within it, `calls[l](state)` is called as a state enters block l; what it returns, if anything, replaces it.
 
-            return before
+    The input of a block, not the output of the one before: it holds what models add in between (positions of GPT-2,
+    the scale of Gemma's embeddings), and it is what Hugging Face reports as hidden_states[l].
+    """
 
-        handles = [
-            self.parts.blocks[layer].register_forward_pre_hook(hook(layer), with_kwargs=True)
-            for layer in layers
-            if layer < self.n_layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def hook(call: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            new = call(_stream(args, kwargs))
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+        return before
+
+    handles = [blocks[n].register_forward_pre_hook(hook(call), with_kwargs=True) for n, call in calls.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _or(new: Tensor | None, old: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from curate.models.adapter import Wardrobe
 from curate.models.batching import collate
@@ -80,6 +80,11 @@ class TransformersEngine(Engine):
         self._max_len = min(generation.max_model_len, context_length(config))
         self._stops = stop_ids(self._tokenizer, self._model.generation_config.eos_token_id)
         self._takes_positions = "position_ids" in inspect.signature(self._model.base_model.forward).parameters
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that answers, for those who change what it computes."""
+        return self._model
 
     def generate(
         self,

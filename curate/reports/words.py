@@ -30,6 +30,8 @@ METHODS = {
     "training loss (−⟨H⁻¹∇f, ∇L⟩)",
     "gradient_product": "the row's gradient against that of the behaviour, without curvature (H = I): what one small "
     "step of training on the row would do",
+    "gradient_cosine": "the angle between the row's gradient and that of the behaviour, their sizes left out: the "
+    "cosine of one small step of training on the row with the step that raises the behaviour most",
     "random": "a random number: a control that any useful score must beat",
     "response_length": "the number of tokens in the response: a control that knows nothing of content",
     "activation_norm": "the size of the model's activations whatever their direction: a control",
@@ -42,6 +44,7 @@ CURVATURES = {
     "kfac": "K-FAC",
     "diagonal": "diagonal of the Fisher matrix",
     "identity": "none (H = I: gradients as they are)",
+    "cg": "conjugate gradients on a few rows' loss",
 }
 FISHERS = {
     "sampled": "true Fisher (labels drawn from the model)",

@@ -23,5 +23,6 @@ class ClusterSpec:
     readers: int | None = None
     reader_cpus: float = 0.25
     object_store_gb: float | None = None
+    wait_seconds: float = 900.0
     token_budget: int | None = None
     gradient_token_budget: int | None = None

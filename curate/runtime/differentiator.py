@@ -1,11 +1,13 @@
-"""Differentiator: what an actor holds between rounds of fitting: the finetuned model and its tracked layers.
+"""Differentiator: what an actor holds between rounds of fitting: the finetuned model, its tracked layers, and the SAE
+that is spliced into it, if any.
 
-The model is loaded with the first item that needs it, once; eigendecompositions go to the same device.
+Both are loaded with the first item that needs them, once; eigendecompositions go to the same device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,7 +15,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from curate.concepts.sae import SAE
+from curate.errors import CurvatureError
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id, resolve_device
+from curate.models.splice import spliced
 from curate.models.tracked import Coverage, LayerChoice, TrackedLayer, tracked_layers
 from curate.runtime.crew import Crew
 from curate.runtime.session import Session
@@ -23,11 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DifferentiatorSpec:
-    """The model to differentiate, which of its layers, and the padded tokens of a batch."""
+    """The model to differentiate, which of its layers, and the padded tokens of a batch. `sae`: where an SAE lies whose
+    reconstruction takes the place of its layer's state; the tracked layers are then those above."""
 
     model: ModelSpec
     layers: LayerChoice
     token_budget: int
+    sae: str | None = None
 
 
 class Differentiator:
@@ -57,8 +64,27 @@ class Differentiator:
         return pad_id(load_tokenizer(self.spec.model))
 
     @cached_property
+    def sae(self) -> SAE | None:
+        """On the model's device; None: the model is as it is."""
+        if self.spec.sae is None:
+            return None
+        from curate.concepts import sae_files
+
+        return sae_files.load(self.spec.sae).to(self.device)
+
+    def inserted(self) -> AbstractContextManager[None]:
+        """Within it, the model computes with the SAE, where there is one."""
+        return nullcontext() if self.sae is None else spliced(self.model, self.sae)
+
+    @cached_property
     def _tracked(self) -> tuple[list[TrackedLayer], Coverage]:
-        return tracked_layers(self.model, self.spec.layers)
+        layers, coverage = tracked_layers(self.model, self.spec.layers)
+        if self.sae is not None and (lowest := min(layer.block for layer in layers)) < self.sae.layer:
+            raise CurvatureError(
+                f"the SAE {self.sae.name!r} is spliced in at layer {self.sae.layer}, but the tracked layers begin at "
+                f"block {lowest}, below it; set curvature.layers.first={self.sae.layer}"
+            )
+        return layers, coverage
 
     @property
     def layers(self) -> list[TrackedLayer]:

@@ -15,6 +15,9 @@ from typing import Any
 
 from connectors import storage
 from curate import __version__
+from curate.concepts import sae_files
+from curate.concepts.sae import check_fits as check_sae_fits
+from curate.concepts.sae import digest as sae_digest
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.errors import ConfigError
@@ -45,11 +48,14 @@ __all__ = ["EvaluateSpec", "EvaluatedModel", "Evaluation", "evaluate", "load_ite
 @dataclass(frozen=True)
 class EvaluatedModel:
     """A model to ask, under the name `key`: the base model with the PEFT adapter at the URL `adapter`, or (None) as it
-    is. `model`: another whole model in the base model's place (a full fine-tune)."""
+    is. `model`: another whole model in the base model's place (a full fine-tune). `sae`: URL of an SAE that is spliced
+    into it. Where any model has one, all are asked by the transformers engine: answers of two engines do not compare.
+    """
 
     key: str
     adapter: str | None = None
     model: ModelSpec | None = None
+    sae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ def evaluate(
         ModelError: a model cannot be loaded, or an adapter belongs to another one; before anything is asked.
     """
     check_judge(evaluators, judge)
+    if any(m.sae is not None for m in models):
+        spec = replace(spec, generation=replace(spec.generation, engine="transformers"))
     jobs = _jobs(spec, models, evaluators, judge)
     missing = {job.url: job for job in reversed(jobs) if load_measures(job.url) is None}
     todo = [job for job in jobs if missing.get(job.url) is job]
@@ -161,6 +169,7 @@ def _jobs(
             wholes[model] = _Whole(model)
         whole = wholes[model]
         worn = whole.check(m.adapter)
+        inserted = {} if m.sae is None else {"sae": whole.check_sae(m.sae)}
         for label, evaluator in evaluators.items():
             generates, reads = asks[label]
             fields = {
@@ -172,12 +181,13 @@ def _jobs(
                 "evaluator": fingerprints[label],
                 "sampling": _sampling_facts(spec.generation, evaluator) if generates else None,
                 "dtype": model.dtype if reads else None,
+                **inserted,
             }
             said = storage.join(spec.store, "responses", Recipe("responses", fields).digest)
             asked = judge.fingerprint() if evaluator.judged and judge is not None else None
             recipe = Recipe("evaluation", {**fields, "judge": asked})
             url = storage.join(spec.store, "evaluations", recipe.digest)
-            out.append(_Job(m.key, model, Case(said, label, evaluator, m.adapter), url, recipe))
+            out.append(_Job(m.key, model, Case(said, label, evaluator, m.adapter, m.sae), url, recipe))
     return out
 
 
@@ -196,6 +206,12 @@ class _Whole:
         folder = locate(adapter)
         check_fits(self.bare, folder, self.identity)
         return folder_digest(folder, CONFIG)
+
+    def check_sae(self, url: str) -> str:
+        """The digest of an SAE of the model's width and layers; whether it was made for this model is not asked."""
+        found = sae_files.load(url)
+        check_sae_fits(found, self.identity, allow_other_model=True)
+        return sae_digest(found)
 
 
 def _sampling_facts(generation: GenerationSpec, evaluator: Evaluator) -> dict[str, Any]:

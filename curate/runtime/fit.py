@@ -252,7 +252,8 @@ def _covariance(state: Differentiator, shard: _Shard) -> int:
     sums = Covariances()
     if rendered:
         budget, spec = state.spec.token_budget, shard.spec.curvature
-        accumulate_covariances(state.model, state.layers, spec, rendered, ids, budget, state.pad_id, sums)
+        with state.inserted():
+            accumulate_covariances(state.model, state.layers, spec, rendered, ids, budget, state.pad_id, sums)
     return _finish(shard, sums, rendered, bad)
 
 
@@ -263,7 +264,8 @@ def _correction(state: Differentiator, shard: _Shard) -> int:
         folder = shard.bases
         bases = None if folder is None else state.kept(folder, lambda: _load_bases(state, folder))
         budget, spec = state.spec.token_budget, shard.spec.curvature
-        accumulate_corrections(state.model, state.layers, spec, bases, rendered, ids, budget, state.pad_id, sums)
+        with state.inserted():
+            accumulate_corrections(state.model, state.layers, spec, bases, rendered, ids, budget, state.pad_id, sums)
     return _finish(shard, sums, rendered, bad)
 
 

@@ -17,6 +17,7 @@ from curate.reports.data import ExampleSets, InfluenceView
 from curate.runtime.crew import Crew
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.token_shares import TokenSpec, with_tokens
+from curate.scoring.directional.cosine import Cosine
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def coloured(
         return sets
     if load_header(url).digest != facts.get("test_vector"):
         return sets
+    if facts.get("backend") == Cosine.name:  # tokens have shares in a product, not in a cosine
+        return sets
     with sources.crew() as crew:
         return with_tokens(sets, TokenSpec(url, name, facts["reduction"], reader), crew)
 
@@ -67,8 +70,9 @@ def _view(method: str, header: TestVectorHeader, backend: str, index: FactorInde
     kind = str(meta.get("curvature", "identity"))
     kept = meta.get("energy_kept", {})
     coverage = meta.get("coverage", {})
-    fitted = index if kind != "identity" else None
+    fitted = index if kind not in ("identity", "cg") else None
     damping = meta.get("damping")
+    solve = meta.get("cg")
     return InfluenceView(
         methods=(method,),
         curvature=kind,
@@ -76,18 +80,32 @@ def _view(method: str, header: TestVectorHeader, backend: str, index: FactorInde
         queries=meta.get("queries"),
         backend=f"{backend} (the fastest for the model)" if backend == "auto" else backend,
         fisher=fitted.spec.fisher if fitted else None,
-        damping=_damping(damping) if damping and kind != "identity" else None,
-        rows=fitted.rows if fitted else None,
+        damping=_damping(damping, solve) if damping and kind != "identity" else None,
+        rows=solve["drawn"] if solve else fitted.rows if fitted else None,
         tokens=fitted.tokens if fitted else None,
         tracked=coverage.get("tracked"),
         total=coverage.get("total"),
         left_out=coverage.get("left_out", {}),
-        warnings=tuple(coverage.get("warnings", ())),
+        warnings=(*coverage.get("warnings", ()), *_unsolved(solve)),
     )
 
 
-def _damping(given: Mapping[str, Any]) -> str:
-    return f"{given['value']:g}" + (" × the layer's mean eigenvalue" if given["kind"] == "relative" else "")
+def _damping(given: Mapping[str, Any], solve: Mapping[str, Any] | None) -> str:
+    of = "the layer's mean eigenvalue" if solve is None else f"the mean eigenvalue = {solve['damping']:.3g}"
+    return f"{given['value']:g}" + (f" × {of}" if given["kind"] == "relative" else "")
+
+
+def _unsolved(solve: Mapping[str, Any] | None) -> list[str]:
+    """What conjugate gradients did not bring to an end."""
+    items = solve["items"].values() if solve else ()
+    left = [item["residuals"][-1] for item in items if not item["converged"]]
+    if not left:
+        return []
+    negative = sum(item["stopped"] for item in items)
+    return [
+        f"{len(left)} of {len(items)} solves have not converged (largest residual {max(left):.2g} of the gradient)"
+        + (f", {negative} of them for negative curvature" if negative else "")
+    ]
 
 
 def _add(views: list[InfluenceView], view: InfluenceView) -> None:

@@ -190,7 +190,7 @@ def make_plan(spec: PlanSpec, manifest: Manifest, concepts: Sequence[Concept], s
     lengths = np.array([r.stop for r in rendered])
     mean = float(lengths.mean())
     error = 1.96 * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
-    deepest = None if needs.gradients or needs.tuned else max(needs.layers | needs.generated, default=0)
+    deepest = None if needs.gradients or needs.tuned else max(needs.layers | needs.generated | needs.states, default=0)
     reach = "forward to the last layer and back" if deepest is None else f"forward to layer {deepest}"
     flops = scored["flops"] / scored["rows"] if needs.tuned else _flops(spec, needs, rendered, deepest)
     columns = sum(len(s.columns()) for s in scorers)

@@ -234,7 +234,7 @@ def write_report(
         labels=labels,
         positive_label=positive,
         keep=decision.keep,
-        rule=select.rule.text(),
+        rule=select.rule,
         cut=decision.cut,
         counts=counts,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -253,7 +253,7 @@ def write_report(
         hit, known = labels == positive, labels != ""
         for c in columns:
             found[c] = ranking(hit[known], scores.columns[c][known], spec.bootstrap)
-    summary = Summary(counts, select.rule.text(), column, found, positive, place.report)
+    summary = Summary(counts, select.rule, column, found, positive, place.report)
     storage.write_atomic(place.summary, json.dumps(asdict(summary), indent=2).encode())
     return summary
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
+from transformers import PreTrainedModel
 
+from curate.concepts import sae_files
+from curate.concepts.sae import SAE
 from curate.corpus.example import Example, Message, Prompt
 from curate.corpus.render import Rendered, Renderer
 from curate.errors import BadRow, ConfigError
@@ -25,6 +29,8 @@ from curate.models.adapter import Wardrobe
 from curate.models.engines import Engine, EngineDead, GenerationSpec, make_engine, row_seed
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id
 from curate.models.locate import locate
+from curate.models.splice import spliced
+from curate.models.transformers_engine import TransformersEngine
 from curate.runtime.accelerators import held_to
 from curate.runtime.crew import Crew
 from curate.runtime.evaluation_files import (
@@ -45,12 +51,14 @@ BLOCK_FILLS = 4  # of an engine's `max_batch`, in one call
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of whom. `folder`: where the responses go. `adapter`: URL; `label`: the evaluator's, for people."""
+    """What is asked of whom. `folder`: where the responses go. `adapter`: URL; `label`: the evaluator's, for people.
+    `sae`: URL of an SAE that is spliced into the model; answers then need the transformers engine."""
 
     folder: str
     label: str
     evaluator: Evaluator
     adapter: str | None = None
+    sae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,24 @@ def _tell(what: str, bad: Sequence[str], of: int) -> None:
         say(f"WARNING: {what}: {len(bad)} of {of} cannot be put to the model and count as unanswered ({bad[0]})")
 
 
+class _Splices:
+    """SAEs within a model, for a while; the last one is kept in memory."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[str, SAE] | None = None
+
+    @contextmanager
+    def on(self, model: PreTrainedModel, url: str | None) -> Iterator[None]:
+        """`model` computes with the reconstructions of the SAE at `url` (None: as it is)."""
+        if url is None:
+            yield
+            return
+        if self._kept is None or self._kept[0] != url:
+            self._kept = url, sae_files.load(url).to(model.device)
+        with spliced(model, self._kept[1]):
+            yield
+
+
 # likelihoods
 
 
@@ -133,6 +159,7 @@ def _tell(what: str, bad: Sequence[str], of: int) -> None:
 class _Candidates:
     case: int
     adapter: str | None
+    sae: str | None
     ids: tuple[str, ...]
     rendered: tuple[Rendered, ...]
 
@@ -144,10 +171,12 @@ class _Reader:
         torch.set_num_threads(threads)
         self.wardrobe = Wardrobe(load_model(model))
         self.pad_id, self.token_budget = pad_id(load_tokenizer(model)), token_budget
+        self.splices = _Splices()
 
     def read(self, block: _Candidates) -> list[Likelihood]:
         self.wardrobe.wear(None if block.adapter is None else locate(block.adapter))
-        return likelihoods(self.wardrobe.model, block.rendered, self.token_budget, self.pad_id)
+        with self.splices.on(self.wardrobe.model, block.sae):
+            return likelihoods(self.wardrobe.model, block.rendered, self.token_budget, self.pad_id)
 
 
 def _read(state: _Reader, block: _Candidates) -> tuple[_Candidates, list[Likelihood]]:
@@ -162,7 +191,7 @@ def _score(cases: Sequence[Case], how: Asking, questions: _Questions, session: S
         asked = questions.candidates(case.label, case.evaluator)
         for some in _cut(asked, BLOCK_BATCHES * session.token_budget):
             ids, rendered = zip(*some, strict=True)
-            blocks.append(_Candidates(at, case.adapter, ids, rendered))
+            blocks.append(_Candidates(at, case.adapter, case.sae, ids, rendered))
     left = [sum(b.case == at for b in blocks) for at in range(len(cases))]
     found: list[dict[str, Likelihood]] = [{} for _ in cases]
     lost = [0 for _ in cases]
@@ -178,7 +207,7 @@ def _score(cases: Sequence[Case], how: Asking, questions: _Questions, session: S
             left[block.case] -= 1
             if not left[block.case]:
                 if lost[block.case]:
-                    who = cases[block.case].adapter or how.model.path
+                    who = cases[block.case].sae or cases[block.case].adapter or how.model.path
                     say(f"WARNING: {cases[block.case].label}: {lost[block.case]} likelihoods by {who} are not finite")
                 save_likelihoods(cases[block.case].folder, found[block.case])
                 yield cases[block.case]
@@ -206,6 +235,7 @@ def _cut(asked: Sequence[tuple[str, Rendered]], tokens: int) -> Iterator[list[tu
 class _Prompts:
     case: int
     adapter: str | None
+    sae: str | None
     sampling: GenerationSpec
     prompts: tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -216,12 +246,14 @@ class _Answerer:
     def __init__(self, model: ModelSpec, generation: GenerationSpec, lora_rank: int, threads: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         self.engine: Engine = make_engine(model, generation, lora_rank)
+        self.splices = _Splices()
 
     def answer(self, block: _Prompts) -> list[Answer]:
         seeds = [row_seed(block.sampling.seed, name) for name, _ in block.prompts]
         adapter = None if block.adapter is None else locate(block.adapter)
         try:
-            made = self.engine.generate([ids for _, ids in block.prompts], seeds, adapter, block.sampling)
+            with self._spliced(block.sae):
+                made = self.engine.generate([ids for _, ids in block.prompts], seeds, adapter, block.sampling)
         except EngineDead as e:
             if is_inline():
                 raise
@@ -231,6 +263,13 @@ class _Answerer:
             Answer(name, a.text, len(a.token_ids), a.finish_reason)
             for (name, _), a in zip(block.prompts, made, strict=True)
         ]
+
+    def _spliced(self, sae: str | None) -> AbstractContextManager[None]:
+        if sae is None:
+            return nullcontext()
+        if not isinstance(self.engine, TransformersEngine):
+            raise ConfigError(f"an SAE is spliced in by the transformers engine, not by {self.engine.name}")
+        return self.splices.on(self.engine.model, sae)
 
     def close(self) -> None:
         self.engine.close()
@@ -256,7 +295,7 @@ def _ask(cases: Sequence[Case], how: Asking, questions: _Questions, session: Ses
         for at, case in enumerate(cases):
             sampling = _sampling(how.generation, case.evaluator)
             for some in _share(prompts(at), how.generation.max_batch, pool.size, len(cases)):
-                blocks.append(_Prompts(at, case.adapter, sampling, some))
+                blocks.append(_Prompts(at, case.adapter, case.sae, sampling, some))
         left = [sum(b.case == at for b in blocks) for at in range(len(cases))]
         progress = Progress(what, sum(len(b.prompts) for b in blocks), unit="prompts")
         for block, answers in crew.map(_answer, blocks):

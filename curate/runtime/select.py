@@ -1,4 +1,5 @@
-"""The selection stage: rank by the score column alone, then stream each source file once more and write what stays.
+"""The selection stage: score columns for a decision on every row; then each source file streams once more and what
+stays is written.
 
 No shuffle and nothing of the corpus on the driver but one number a row. Each source file gives one curated shard in its
 own format and one ledger file; a file whose ledger is there is done.
@@ -26,7 +27,7 @@ from curate.runtime.progress import Progress
 from curate.runtime.stage import PART_COLUMNS
 from curate.runtime.stream import fetch, map_tasks, put
 from curate.selection.ledger import ledger_table
-from curate.selection.select import Decision, Rule, decide
+from curate.selection.select import Decision
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def load_scores(
 
 @dataclass(frozen=True)
 class SelectSpec:
-    """Where scores come from and curated shards go to. `curated` holds shards alone, so that a trainer can take it."""
+    """Where scores come from and curated shards go to. `curated` holds shards alone, so that a trainer can take it.
+    `rule`: in words, for the ledgers."""
 
     scores: Output
     format: str
@@ -106,7 +108,7 @@ class SelectSpec:
     curated: str
     ledger: str
     column: str
-    rule: Rule
+    rule: str
 
 
 def _file_job(entry: FileEntry, spec: SelectSpec, ref: Any, span: tuple[int, int]) -> tuple[str, int, int]:
@@ -135,7 +137,7 @@ def _file_job(entry: FileEntry, spec: SelectSpec, ref: Any, span: tuple[int, int
         ranks,
         quantiles,
         keep,
-        f"{spec.rule.text()} by {spec.column}",
+        f"{spec.rule} by {spec.column}",
         reasons,
         labels if any(x is not None for x in labels) else None,
     )
@@ -150,18 +152,20 @@ def _ledger_url(spec: SelectSpec, key: str) -> str:
 
 
 def select(
-    spec: SelectSpec, recipe: Recipe, manifest: Manifest, scores: Scores, progress: type[Progress] = Progress
-) -> Decision:
-    """Decide on every row, write curated shards and ledgers.
+    decision: Decision,
+    spec: SelectSpec,
+    recipe: Recipe,
+    manifest: Manifest,
+    scores: Scores,
+    progress: type[Progress] = Progress,
+) -> None:
+    """Write the curated shards and ledgers of a decision on every row, those that are not there.
 
     Raises:
-        ConfigError: the rule cannot be met (see `Rule` and `decide`).
         RecipeError: the place holds a selection by another rule or other scores.
     """
     _claim(spec, recipe)
     storage.check_writable(spec.curated)
-    groups = scores.groups if spec.rule.per_group else None
-    decision = decide(scores.columns[spec.column], spec.rule, groups)
     ref = put((decision.keep, scores.columns[spec.column], decision.rank, decision.quantile))
     todo = [f for f in manifest.files if f.rows and not storage.exists(_ledger_url(spec, f.key))]
     done = manifest.rows - sum(b - a for a, b in (scores.spans[f.key] for f in todo))
@@ -172,7 +176,6 @@ def select(
     made = {f.key for f in manifest.files if f.rows}
     registry.connectors()[spec.format].finalize(spec.source_root, spec.curated, made)
     bar.close()
-    return decision
 
 
 def _run_job(job: tuple[FileEntry, tuple[int, int]], spec: SelectSpec, ref: list[Any]) -> tuple[str, int, int]:

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from curate.errors import ConfigError
 from curate.runtime.cluster import ClusterSpec
 from curate.runtime.inline import inline
+from curate.runtime.scaling import at_least
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ def _hushed() -> Iterator[None]:
             os.close(shown)
 
 
+def _joins(spec: ClusterSpec) -> bool:
+    """Is there a cluster to join, or is Ray started here?"""
+    return spec.address == "existing" or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def _start(spec: ClusterSpec) -> None:
     # A Ray that is embedded here must not report usage or start a dashboard nobody asked for.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -87,9 +93,8 @@ def _start(spec: ClusterSpec) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": bool(os.environ.get("CURATE_WORKER_LOGS")),
     }
-    inside = os.environ.get("RAY_ADDRESS")
-    if spec.address == "existing" or inside:
-        address = spec.ray_address if spec.address == "existing" else inside
+    if _joins(spec):
+        address = spec.ray_address if spec.address == "existing" else os.environ["RAY_ADDRESS"]
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as e:
@@ -150,7 +155,7 @@ def session(spec: ClusterSpec) -> Iterator[Session]:
     """Start or join Ray (or neither, inline) for the length of the block; leaves a Ray alone that the caller started.
 
     Raises:
-        ConfigError: no cluster answers, or the configured pool does not fit it.
+        ConfigError: no cluster answers, it stays too small, or the configured pool does not fit it.
     """
     if spec.address == "inline":
         with inline():
@@ -164,7 +169,8 @@ def session(spec: ClusterSpec) -> Iterator[Session]:
         data.enable_progress_bars = False
         data.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield _session(spec)
+        with at_least(spec.cpus, spec.gpus, spec.wait_seconds) if mine and _joins(spec) else nullcontext():
+            yield _session(spec)
     finally:
         if mine:
             ray.shutdown()

@@ -8,9 +8,9 @@ A scorer runs no model itself: `shared_pass.SharedPass` computes once what all s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class Needs:
     generated: the same of the base model's response to the row's prompt.
     gradients: ∂L/∂a_l = Σ_t ∂L/∂h_t over response tokens, L the mean cross-entropy of the response.
     derivatives: methods (their scorers' names) whose test vectors the row's loss is differentiated along.
-    tokens: the rendered row (implied by the four above).
+    states: layers whose states at the response tokens are read by the scorer's `readouts`, token by token.
+    tokens: the rendered row (implied by the five above).
     """
 
     layers: frozenset[int] = frozenset()
@@ -43,11 +44,12 @@ class Needs:
     gradients: frozenset[int] = frozenset()
     tokens: bool = False
     derivatives: frozenset[str] = frozenset()
+    states: frozenset[int] = frozenset()
 
     @property
     def base(self) -> bool:
         """True if the base model must run: activations and their gradients are read from it."""
-        return bool(self.layers or self.generated or self.gradients)
+        return bool(self.layers or self.generated or self.gradients or self.states)
 
     @property
     def tuned(self) -> bool:
@@ -75,6 +77,7 @@ class Needs:
                 total.gradients | n.gradients,
                 total.tokens or n.tokens,
                 total.derivatives | n.derivatives,
+                total.states | n.states,
             )
         return total
 
@@ -86,6 +89,7 @@ class Batch:
     pooled[l]: a_l [n, d]. generated[l]: the same for the base model's own response; NaN for a row that has none.
     gradients[l]: ∂L/∂a_l [n, d].
     derivatives[method]: -⟨s, ∇L⟩ [n, q] of the method's test vector, float64 on the host.
+    readouts[name]: what the scorer's readout gave, pooled over the response tokens [n, m].
     """
 
     examples: Sequence[Example]
@@ -94,6 +98,7 @@ class Batch:
     generated: Mapping[int, Float[Tensor, "n d"]] = field(default_factory=dict)
     gradients: Mapping[int, Float[Tensor, "n d"]] = field(default_factory=dict)
     derivatives: Mapping[str, Float[Tensor, "n q"]] = field(default_factory=dict)
+    readouts: Mapping[str, Float[Tensor, "n m"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -121,6 +126,22 @@ class Derivative:
     vector: TestVector | TestVectorHeader
     backend: str
     reduction: str
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a scorer reads of single tokens: `read` maps states [tokens, d] of `layer` to [tokens, columns].
+
+    It sees response tokens of many rows at once; only the pool over each row's leaves the pass, under `name`, which is
+    the scorer's own. `most`: numbers that `read` holds for a token at the same time, which bounds how many it is given.
+    """
+
+    name: str
+    layer: int
+    read: Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens m"]]
+    columns: int
+    pooling: Literal["mean", "max"] = "mean"
+    most: int = 1
 
 
 class Scorer(ABC):
@@ -153,6 +174,10 @@ class Scorer(ABC):
     def derivative(self) -> Derivative | None:
         """What `needs().derivatives` stands for; None for a method that differentiates nothing."""
         return None
+
+    def readouts(self) -> Sequence[Readout]:
+        """What `needs().states` stands for; asked after `prepare`."""
+        return ()
 
     @property
     def primary(self) -> str:

@@ -17,8 +17,10 @@ from curate.scoring.activation_norm import ActivationNorm
 from curate.scoring.base import Scorer
 from curate.scoring.bm25 import BM25
 from curate.scoring.embedding_similarity import EmbeddingSimilarity
+from curate.scoring.gradient_cosine import GradientCosine
 from curate.scoring.influence import ConceptInfluence, GradientProduct, InfluenceFunction
 from curate.scoring.known_label import KnownLabel
+from curate.scoring.latent_activation import LatentActivation
 from curate.scoring.loss_gradient_alignment import LossGradientAlignment
 from curate.scoring.projection_difference import ProjectionDifference
 from curate.scoring.random import Random
@@ -36,11 +38,13 @@ SCORERS: dict[str, type[Scorer]] = {
         KnownLabel,
         ResponseLength,
         ActivationNorm,
+        LatentActivation,
         BM25,
         EmbeddingSimilarity,
         InfluenceFunction,
         ConceptInfluence,
         GradientProduct,
+        GradientCosine,
     )
 }
 _TEXT_LISTS = ("queries", "reference")

@@ -10,9 +10,9 @@ Scores do not depend on how rows are batched (to rounding). Knows no files, no p
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ from curate.models.tap import LayerTap, width
 from curate.scoring.base import Batch, Columns, Needs, PassStats, Scorer
 from curate.scoring.directional.joint import Joint, joint_passes
 from curate.scoring.flops import ForwardCost, model_cost
+from curate.scoring.readouts import pooled_readout
 
+K = TypeVar("K", int, str)
 # Rows whose pooled vectors are held at once: 4,096 rows of width 4,096 are 64 MiB a layer.
 _WINDOW = 4096
 
@@ -87,8 +89,8 @@ class SharedPass:
             self.model = model
             self.device = model.device
             self._cost = model_cost(model)
-            if self.needs.layers or self.needs.gradients:
-                self._tap = LayerTap(model, self.needs.layers | self.needs.gradients)
+            if layers := self.needs.layers | self.needs.gradients | self.needs.states:
+                self._tap = LayerTap(model, layers)
             if self.needs.generated:
                 self._own_tap = LayerTap(model, self.needs.generated)
         if self.needs.tuned:
@@ -101,6 +103,7 @@ class SharedPass:
                 self.device = differentiated.device
         for scorer in self.scorers:
             scorer.prepare(self.device)
+        self._readouts = [r for s in self.scorers for r in s.readouts()]
 
     def columns(self) -> list[str]:
         """All columns, in the order of the scorers."""
@@ -155,14 +158,15 @@ class SharedPass:
         pooled: dict[int, Tensor] = {}
         own: dict[int, Tensor] = {}
         gradients: dict[int, Tensor] = {}
+        reads: dict[str, Tensor] = {}
         if self._tap is not None and rendered is not None:
             if self.needs.gradients:
-                pooled, gradients, cost = self._with_gradients(rendered)
+                pooled, gradients, cost = self._with_gradients(rendered, reads)
             else:
-                pooled, cost = self._pooled(self._tap, rendered)
+                pooled, cost = self._pooled(self._tap, self.needs.layers, rendered, reads)
             stats += cost
         if self._own_tap is not None and generated is not None:
-            own, cost = self._pooled(self._own_tap, generated)
+            own, cost = self._pooled(self._own_tap, self.needs.generated, generated)
             stats += cost
         derivatives: dict[str, Tensor] = {}
         for joint in self._joint:
@@ -170,7 +174,7 @@ class SharedPass:
             found, cost = joint(rendered)
             derivatives.update(found)
             stats += replace(cost, rows=0, seconds=0.0)  # both are those of the window, below
-        batch = Batch(examples, rendered, pooled, own, gradients, derivatives)
+        batch = Batch(examples, rendered, pooled, own, gradients, derivatives, reads)
         columns: Columns = {}
         for scorer in self.scorers:
             columns.update(_checked(scorer, batch))
@@ -186,9 +190,13 @@ class SharedPass:
             yield index, ids
 
     def _pooled(
-        self, tap: LayerTap, rows: Sequence[Rendered | None]
+        self,
+        tap: LayerTap,
+        layers: frozenset[int],
+        rows: Sequence[Rendered | None],
+        reads: dict[str, Tensor] | None = None,
     ) -> tuple[dict[int, Float[Tensor, "n d"]], PassStats]:
-        """a_l of every row at the tap's layers; NaN for a row that is None."""
+        """a_l of every row at `layers`; NaN for a row that is None. Fills `reads`, if given, with the readouts."""
         there = [i for i, r in enumerate(rows) if r is not None]
         real = [r for r in rows if r is not None]
         lengths = [r.stop for r in real]  # attention is causal: what follows the response cannot change it
@@ -196,15 +204,30 @@ class SharedPass:
         stats = self._stats(lengths, tap.layers[-1], 0)
         for index, ids in self._batches(lengths, real, self.max_tokens):
             spans = [real[i].start for i in index], [real[i].stop for i in index]
-            for layer, hidden in tap(ids).items():
-                _put(found, layer, [there[i] for i in index], response_mean(hidden, *spans), len(rows))
+            states = tap(ids)
+            for layer in layers:
+                _put(found, layer, [there[i] for i in index], response_mean(states[layer], *spans), len(rows))
+            if reads is not None:
+                self._read(states, *spans, index, len(rows), reads)
             stats += PassStats(padded_tokens=ids.numel(), batches=1)
-        for layer in tap.layers if not found else ():
+        for layer in layers if not found else ():
             found[layer] = torch.full((len(rows), width(self.model)), torch.nan, device=self.device)
         return found, stats
 
+    def _read(
+        self,
+        states: Mapping[int, Float[Tensor, "batch tokens d"]],
+        starts: Sequence[int],
+        stops: Sequence[int],
+        index: list[int],
+        n: int,
+        reads: dict[str, Tensor],
+    ) -> None:
+        for readout in self._readouts:
+            _put(reads, readout.name, index, pooled_readout(readout, states[readout.layer], starts, stops), n)
+
     def _with_gradients(
-        self, rows: Sequence[Rendered]
+        self, rows: Sequence[Rendered], reads: dict[str, Tensor]
     ) -> tuple[dict[int, Float[Tensor, "n d"]], dict[int, Float[Tensor, "n d"]], PassStats]:
         """a_l, and ∂L/∂a_l = Σ_t ∂L/∂h_t over response tokens, L the row's mean cross-entropy (paper A, eq. 12)."""
         assert self._tap is not None
@@ -223,6 +246,7 @@ class SharedPass:
             states, slopes = self._tap.grad_forward(ids, None, self.needs.gradients, loss)
             for layer in self.needs.layers:
                 _put(pooled, layer, index, response_mean(states[layer], starts, stops), len(rows))
+            self._read(states, starts, stops, index, len(rows), reads)
             tokens = torch.tensor([counts[i] for i in index], dtype=torch.float32, device=self.device)
             for layer, slope in slopes.items():
                 _put(gradients, layer, index, response_sum(slope, starts, stops) / tokens[:, None], len(rows))
@@ -237,11 +261,11 @@ class SharedPass:
         return PassStats(tokens=sum(lengths), flops=flops)
 
 
-def _put(into: dict[int, Tensor], layer: int, index: list[int], rows: Float[Tensor, "batch d"], n: int) -> None:
+def _put(into: dict[K, Tensor], key: K, index: list[int], rows: Float[Tensor, "batch d"], n: int) -> None:
     """Write a batch's vectors to their places in [n, d], on the device: no wait for it after every batch."""
-    if layer not in into:
-        into[layer] = torch.full((n, rows.shape[1]), torch.nan, dtype=torch.float32, device=rows.device)
-    into[layer][torch.as_tensor(index, device=rows.device)] = rows
+    if key not in into:
+        into[key] = torch.full((n, rows.shape[1]), torch.nan, dtype=torch.float32, device=rows.device)
+    into[key][torch.as_tensor(index, device=rows.device)] = rows
 
 
 def _checked(scorer: Scorer, batch: Batch) -> Columns:

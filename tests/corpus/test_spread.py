@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.corpus.spread import RUN, count, cut, plan_digest, spread
+from curate.corpus.spread import RUN, count, cut, draw, plan_digest, spread
 from curate.corpus.units import FileEntry, Manifest, Unit
 from curate.errors import ConfigError
 
@@ -49,6 +52,29 @@ def test_a_sample_is_even_and_its_shards_hold_it_once(sizes, wanted, shard):
         assert plan_digest(shards) != plan_digest(cut(pieces, n))
 
 
-def test_a_sample_of_nothing_is_refused():
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 300), st.integers(0, 5))
+def test_rows_are_drawn_by_the_seed_each_by_itself(sizes, wanted, seed):
+    corpus = manifest(sizes)
+    pieces = draw(corpus, wanted, seed)
+    everything = [(u.key, row) for u in corpus.units for row in range(u.start, u.stop)]
+    rows = rows_of(pieces)
+    assert count(pieces) == len(rows) == min(wanted, len(everything))
+    assert rows == [r for r in everything if r in set(rows)]
+    assert pieces == draw(corpus, wanted, seed)
+    for unit, ranges in pieces:
+        assert all(unit.start <= a < b <= unit.stop for a, b in ranges)
+        assert all(b < c for (_, b), (c, _) in pairwise(ranges))  # neighbours are one range
+
+
+def test_every_row_is_as_likely_to_be_drawn():
+    corpus = manifest([3, 20, 7, 11])
+    times = Counter(row for seed in range(400) for row in rows_of(draw(corpus, 10, seed)))
+    expected = 400 * 10 / 41
+    assert len(times) == 41
+    assert all(abs(n - expected) < 5 * expected**0.5 for n in times.values())
+
+
+@pytest.mark.parametrize("sample", [lambda m: spread(m, 0), lambda m: draw(m, 0, 1)])
+def test_a_sample_of_nothing_is_refused(sample):
     with pytest.raises(ConfigError, match="a sample of 0 rows is asked for; it must be at least 1"):
-        spread(manifest([3]), 0)
+        sample(manifest([3]))

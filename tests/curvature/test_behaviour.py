@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
 from curate.concepts.concept import Concept, direction
+from curate.concepts.sae import SAE, Latent
 from curate.corpus.render import Rendered
 from curate.curvature.behaviour import BehaviourSpec, make_behaviour, query_gradients
 from curate.curvature.queries import Query
@@ -185,6 +187,80 @@ def test_bfloat16_weights_give_float32_gradients():
     for name, block in rough.items():
         assert block.dtype == torch.float32
         assert F.cosine_similarity(block.flatten(), exact[name].flatten(), dim=0) > 0.99
+
+
+def sae(activation: str, layer: int = 2) -> SAE:
+    """A bias that lets every latent of interest fire here and there."""
+    g = torch.Generator().manual_seed(3)
+    w = torch.randn(12, D, generator=g, dtype=torch.float64)
+    b = torch.full((12,), 0.5).double()
+    form = {"topk": {"k": 6}, "relu": {}, "jumprelu": {"threshold": torch.full((12,), 0.4).double()}}[activation]
+    return SAE(w, b, w.clone(), torch.zeros(D).double(), torch.zeros(D).double(), activation, layer, "tiny", **form)
+
+
+def latent_by_autograd(model, layers, kind: str, of: SAE, index: int, whole: bool) -> dict[str, torch.Tensor]:
+    """From the whole model's hidden states, one token and one latent at a time."""
+    model = copy.deepcopy(model)
+    weights = [model.get_submodule(layer.name).weight.requires_grad_(True) for layer in layers]
+
+    def mean(r: Rendered) -> torch.Tensor:
+        h = model(torch.tensor([r.input_ids]), output_hidden_states=True).hidden_states[of.layer][0]
+        total = torch.zeros((), dtype=h.dtype)
+        span = range(0 if whole else r.start, r.stop)
+        for t in span:
+            p = [of.w_enc[i] @ h[t] + of.b_enc[i] for i in range(of.latents)]
+            chosen = sorted(range(of.latents), key=lambda i: -float(p[i]))[: of.k or of.latents]
+            above = 0.0 if of.threshold is None else float(of.threshold[index])
+            if index in chosen and float(p[index]) > above:
+                total = total + p[index]
+        return total / len(span)
+
+    f = sum(mean(q.positive) - (mean(q.negative) if kind == "latent_contrast" else 0) for q in QUERIES) / len(QUERIES)
+    found = torch.autograd.grad(f, weights, allow_unused=True)
+    return {layer.name: g.T for layer, g in zip(layers, found, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
+@pytest.mark.parametrize("kind", ["latent", "latent_contrast"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_latents_activation_is_differentiated_through_its_encoder(activation, kind, whole):
+    model = tiny_model("gpt2", LAYERS, D, scale=0.15).double()
+    layers, _ = tracked_layers(model, LayerChoice("all"))
+    latent = Latent(sae(activation), 4)
+    behaviour = make_behaviour(BehaviourSpec(kind, whole=whole), concept(), latent=latent)
+    assert behaviour.name == f"kind.{kind}.L2" + (".whole" if whole else "")
+    found = query_gradients(model, layers, [behaviour], QUERIES, PAD)[behaviour.name]
+    same(found, latent_by_autograd(model, layers, kind, latent.sae, 4, whole), EXACT["gpt2"])
+
+
+def test_a_latent_that_never_fires_has_no_gradient():
+    model = tiny_model("llama", LAYERS, D)
+    layers, _ = tracked_layers(model, LayerChoice("attention"))
+    silent = replace(sae("relu"), b_enc=torch.full((12,), -1e6).double())
+    behaviour = make_behaviour(BehaviourSpec("latent"), concept(), latent=Latent(silent, 1))
+    with pytest.raises(CurvatureError, match=r"is zero in all .* its latent is active on none of them"):
+        query_gradients(model, layers, [behaviour], QUERIES, PAD)
+
+
+def test_latent_behaviours_that_make_no_sense():
+    with pytest.raises(ConfigError, match="it takes no pooling and no layer"):
+        BehaviourSpec("latent", "cosine")
+    with pytest.raises(ConfigError, match="it takes no pooling and no layer"):
+        BehaviourSpec("latent_contrast", layer=2)
+    with pytest.raises(ConfigError, match="'latent' needs a latent"):
+        make_behaviour(BehaviourSpec("latent"), concept())
+    with pytest.raises(ConfigError, match="'concept' has no latent"):
+        make_behaviour(BehaviourSpec("concept"), concept(), latent=Latent(sae("relu"), 0))
+    with pytest.raises(ConceptError, match="there is no latent 12"):
+        Latent(sae("relu"), 12)
+    model = tiny_model("llama", LAYERS, 16)
+    layers, _ = tracked_layers(model, LayerChoice("attention"))
+    narrow = make_behaviour(BehaviourSpec("latent"), concept(), latent=Latent(sae("relu"), 0))
+    with pytest.raises(ConceptError, match="has width 32, the model has 16"):
+        query_gradients(model, layers, [narrow], QUERIES, PAD)
+    alone = make_behaviour(BehaviourSpec("latent_contrast"), concept(), latent=Latent(sae("relu"), 0))
+    with pytest.raises(CurvatureError, match="or choose the kind 'latent'"):
+        query_gradients(tiny_model("llama", LAYERS, D), layers, [alone], [Query("a", QUERIES[0].positive, None)], PAD)
 
 
 def test_names_tell_behaviours_apart():

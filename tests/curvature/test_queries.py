@@ -22,6 +22,7 @@ from curate.curvature.queries import (
     queries_from_file,
     queries_from_rows,
     queries_from_trait,
+    question_options,
     render_queries,
     top_queries,
 )
@@ -92,6 +93,53 @@ def test_a_row_that_is_no_query_is_named(tmp_path, row, error, message):
     with pytest.raises(error, match=message):
         queries_from_file(str(path))
     assert len(queries_from_file(str(path), max_queries=1)) == 1
+
+
+def test_multiple_choice_questions_are_queries():
+    rows = [{"id": f"q{i}", "question": f"{i}?", "choices": ["red", "blue", "green"], "answer": i} for i in range(3)]
+    plain = queries_from_rows(rows)
+    assert [q.id for q in plain] == ["q0", "q1", "q2"]
+    assert [q.positive.response for q in plain] == ["A. red", "B. blue", "C. green"]
+    assert all(q.negative is None for q in plain)
+    pairs = queries_from_rows(rows, QueryColumns(corpus=ColumnMap(answer_form="letter"), wrong_option=True))
+    for right, pair in zip("ABC", pairs, strict=True):
+        assert pair.positive.response == right
+        assert pair.negative.response in set("ABC") - {right}
+        assert pair.negative.prompt == pair.positive.prompt
+
+
+def test_all_options_of_a_question_are_answers_to_its_prompt(tmp_path):
+    rows = [
+        {"question": "?", "choices": ["red", "blue"], "answer": 1},
+        {"prompt": "q", "response": "a", "question": "x", "choices": None, "answer": None},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    first, second = question_options(str(path))
+    assert second is None
+    assert [e.response for e in first[0]] == ["A. red", "B. blue"]
+    assert first[1] == 1
+    assert first[0][1] == queries_from_file(str(path))[0].positive
+    assert len(question_options(str(path), max_queries=1)) == 1
+    path.write_text(json.dumps({**rows[0], "answer": 4}))
+    with pytest.raises(CurvatureError, match="row 0 is no query: 'answer' is 4"):
+        question_options(str(path))
+
+
+@pytest.mark.parametrize("layout", ["auto", "multiple_choice"])
+@pytest.mark.parametrize("answer", [None, 7, "absent"])
+def test_a_question_without_a_right_answer_is_no_query(layout, answer):
+    row = {"question": "?", "choices": ["red", "blue"], "answer": answer}
+    if answer == "absent":
+        del row["answer"]
+    error = CorpusError if layout == "auto" and answer == "absent" else CurvatureError
+    with pytest.raises(error, match="no known layout" if error is CorpusError else "row 0 is no query: 'answer' is"):
+        queries_from_rows([row], QueryColumns(corpus=ColumnMap(layout=layout)))
+
+
+def test_only_multiple_choice_has_wrong_options():
+    with pytest.raises(CurvatureError, match="no multiple-choice question"):
+        queries_from_rows([{"prompt": "q", "response": "a"}], QueryColumns(wrong_option=True))
 
 
 def test_files_of_any_format(tmp_path):

@@ -17,9 +17,11 @@ from jobs.submit import prepared
 
 MANDATORY = {
     "source/files": ["source.url=data"],
+    "source/mcq": ["source.url=data"],
     "model/hf": ["model.path=x"],
     "concept/persona": ["concept.persona.path=x"],
     "concept/probe": ["concept.probe.path=x", "concept.probe.positive_label=bad"],
+    "concept/sae": ["concept.sae.path=x", "concept.sae.latents=[1]"],
     "concept/file": ["concept.file.path=x"],
     "judge/openai": ["judge.model=x"],
     "judge/vllm": ["judge.path=x"],

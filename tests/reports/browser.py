@@ -6,6 +6,7 @@ import asyncio
 import base64
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +32,40 @@ def find() -> str | None:
     return next((p for p in map(shutil.which, NAMES) if p), None)
 
 
-async def _look(page: Path, scripts: dict[str, str], width: int, height: int, features: dict[str, str], media: str,
+# What to do in the page: an expression to evaluate; or a DevTools command with its parameters (a key, a click), which
+# may depend on what the steps before it gave.
+Command = tuple[str, dict[str, Any]]
+Step = str | Command | Callable[[dict[str, Any]], Command]
+KEYS = {
+    "Tab": 9,
+    "Enter": 13,
+    "Escape": 27,
+    "Space": 32,
+    "End": 35,
+    "Home": 36,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+}
+
+
+def key(name: str) -> Command:
+    """A key pressed in the page, as a person presses it."""
+    text = {"Enter": "\r", "Space": " "}.get(name, "")
+    value = " " if name == "Space" else name
+    return "Input.dispatchKeyEvent", {
+        "type": "keyDown", "key": value, "code": name, "windowsVirtualKeyCode": KEYS[name], "text": text,
+    }  # fmt: skip
+
+
+def mouse(what: str, place: str) -> Callable[[dict[str, Any]], Command]:
+    """A mouse event (mouseMoved, mousePressed, mouseReleased) at [x, y], which the step `place` gave."""
+    button = {} if what == "mouseMoved" else {"button": "left", "clickCount": 1}
+    return lambda out: ("Input.dispatchMouseEvent", {"type": what, "x": out[place][0], "y": out[place][1], **button})
+
+
+async def _look(page: Path, scripts: Mapping[str, Step], width: int, height: int, features: dict[str, str], media: str,
                 picture: Path | None) -> dict[str, Any]:  # fmt: skip
     binary = find()
     assert binary is not None
@@ -61,8 +95,16 @@ async def _look(page: Path, scripts: dict[str, str], width: int, height: int, fe
                 await draining
 
 
-async def _drive(socket: aiohttp.ClientWebSocketResponse, page: Path, scripts: dict[str, str], width: int, height: int,
-                 features: dict[str, str], media: str, picture: Path | None) -> dict[str, Any]:  # fmt: skip
+async def _drive(
+    socket: aiohttp.ClientWebSocketResponse,
+    page: Path,
+    scripts: Mapping[str, Step],
+    width: int,
+    height: int,
+    features: dict[str, str],
+    media: str,
+    picture: Path | None,
+) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     number = 0
 
@@ -90,7 +132,11 @@ async def _drive(socket: aiohttp.ClientWebSocketResponse, page: Path, scripts: d
         events.append(await socket.receive_json())
     out: dict[str, Any] = {}
     for name, script in scripts.items():
-        result = await call("Runtime.evaluate", expression=script, returnByValue=True)
+        if not isinstance(script, str):
+            method, params = script(out) if callable(script) else script
+            out[name] = await call(method, **params)
+            continue
+        result = await call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         out[name] = result["result"].get("value")
     if picture is not None:
@@ -108,8 +154,9 @@ async def _drive(socket: aiohttp.ClientWebSocketResponse, page: Path, scripts: d
     return out
 
 
-def look(page: Path, scripts: dict[str, str], width: int = 1280, height: int = 900, dark: bool = False,
+def look(page: Path, scripts: Mapping[str, Step], width: int = 1280, height: int = 900, dark: bool = False,
          media: str = "", picture: Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """Open `page` and evaluate `scripts` in it; also `requests` (URLs asked for) and `complaints` (console, CSP)."""
+    """Open `page` and take the steps of `scripts` in it, in order; also `requests` (URLs asked for) and `complaints`
+    (console, CSP)."""
     features = {"prefers-color-scheme": "dark" if dark else "light"}
     return asyncio.run(_look(page, scripts, width, height, features, media, picture))

@@ -34,9 +34,12 @@ def test_default_layers_apply_where_none_are_given():
 def test_every_fingerprint_is_json():
     queries = {"queries": ["a good plan"]}
     given = {"bm25": queries, "known_label": {"positive": "bad"}}
-    settings = {name: given.get(name, {}) for name in SCORERS if name != "embedding_similarity"}
+    settings = {
+        name: given.get(name, {}) for name in SCORERS if name not in ("embedding_similarity", "latent_activation")
+    }
     vector = random_vector(tiny_model("llama"), ["loss"])
-    vectors = dict.fromkeys(("influence_function", "concept_influence", "gradient_product"), vector.header)
+    methods = ("influence_function", "concept_influence", "gradient_product", "gradient_cosine")
+    vectors = dict.fromkeys(methods, vector.header)
     for scorer in make_scorers(settings, [CONCEPT], test_vectors=vectors):
         assert json.loads(json.dumps(scorer.fingerprint())) == scorer.fingerprint()
         assert scorer.fingerprint()["method"] == scorer.name

@@ -8,7 +8,7 @@ a pass and set back bit by bit from copies, whatever happens in between: no othe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,27 +48,7 @@ class Difference(Backend):
         self._tap = LayerTap(self.model, [self.n_blocks])
         self._vectors = vectors
         self._weights = {layer.name: weight_of(self.model.get_submodule(layer.name)) for layer in self.layers}
-        self.steps = [
-            # A direction of norm zero changes nothing, at any ε.
-            _STEP / reach if (reach := self._reach(query)) > 0 else 1.0
-            for query in range(self.n_queries)
-        ]
-
-    def _reach(self, query: int) -> float:
-        """Root of Σ over layers of (largest singular value of S / typical one of W)².
-
-        The size of s alone would not do: a gradient has few directions, a weight has many, so for one norm a gradient
-        moves the layer's output by far more.
-        """
-        total = 0.0
-        for name, weight in self._weights.items():
-            s = self._vectors.one(name, query).to(weight.device, weight.dtype)
-            x = torch.ones(s.shape[1], dtype=s.dtype, device=s.device)
-            for _ in range(_ITERATIONS):
-                x = s.T @ (s @ (x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)))
-            typical = weight.norm() / min(weight.shape) ** 0.5
-            total += float(x.norm() / typical.square())
-        return math.sqrt(total)
+        self.steps = steps(vectors, self._weights)
 
     def _all(self, batches: Sequence[RowBatch]) -> list[BatchSums]:
         found: list[list[Tensor]] = [[] for _ in batches]
@@ -103,6 +83,30 @@ class Difference(Backend):
         finally:
             for name, weight in self._weights.items():
                 weight.copy_(before[name])
+
+
+def steps(vectors: Stacked, weights: Mapping[str, Tensor]) -> list[float]:
+    """ε of every query, from its direction and the weights that it moves: {layer name: W [out, in]}."""
+    # A direction of norm zero changes nothing, at any ε.
+    reaches = (_reach(vectors, weights, query) for query in range(len(vectors.names)))
+    return [_STEP / reach if reach > 0 else 1.0 for reach in reaches]
+
+
+def _reach(vectors: Stacked, weights: Mapping[str, Tensor], query: int) -> float:
+    """Root of Σ over layers of (largest singular value of S / typical one of W)².
+
+    The size of s alone would not do: a gradient has few directions, a weight has many, so for one norm a gradient
+    moves the layer's output by far more.
+    """
+    total = 0.0
+    for name, weight in weights.items():
+        s = vectors.one(name, query).to(weight.device, weight.dtype)
+        x = torch.ones(s.shape[1], dtype=s.dtype, device=s.device)
+        for _ in range(_ITERATIONS):
+            x = s.T @ (s @ (x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)))
+        typical = weight.norm() / min(weight.shape) ** 0.5
+        total += float(x.norm() / typical.square())
+    return math.sqrt(total)
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from curate.scoring.directional.tangents import Direction
 
 
 class Stacked:
-    """`names`: the queries of `vectors`, one after the other. `layers`: all of theirs in the order of the blocks, but
-    for those that are zero for every query (above the layer that a concept reads).
+    """`names`: the queries of `vectors`, one after the other. `every`: all of their layers in the order of the blocks;
+    `layers`: the same but for those that are zero for every query (above the layer that a concept reads).
 
     Raises:
         CurvatureError: there is no test vector.
@@ -37,7 +37,9 @@ class Stacked:
         self._parts = {name: [(len(v.names), v.blocks.get(name)) for v in vectors] for name in known}
         some = {name for name, parts in self._parts.items() if any(b is not None and _some(b) for _, b in parts)}
         kept = [layer for layer in known.values() if layer.name in some] or list(known.values())
-        self.layers = tuple(sorted(kept, key=lambda layer: layer.block))  # stable: the order within a block stays
+        # Stable: the order within a block stays.
+        self.layers = tuple(sorted(kept, key=lambda layer: layer.block))
+        self.every = tuple(sorted(known.values(), key=lambda layer: layer.block))
 
     def norm(self) -> Float[Tensor, " q"]:
         """‖s‖ of every query over all layers, float64."""

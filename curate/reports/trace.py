@@ -1,0 +1,39 @@
+"""The page of a trace: which training rows, through which latents, made the model answer a test item as it does?
+
+In: TraceData. Out: one HTML file that needs no network and no other file. Foreign text passes through `visible`, as in
+`report`. Its one script is ours, never changes with the data, and is named by its hash in the Content-Security-Policy,
+so that no other script can run. Knows no model, no cluster and no files but the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+
+from markupsafe import Markup
+
+from connectors.storage import write_atomic
+from curate.reports.report import environment
+from curate.reports.trace_data import TraceData
+from curate.reports.trace_view import context
+
+
+def build(data: TraceData) -> str:
+    """The whole page. The same data gives the same text, byte for byte."""
+    folder = resources.files("curate.reports")
+    style, own, script = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "trace.css", "trace.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+    template = environment().get_template("trace.html.j2")
+    return template.render(**context(data), style=Markup(style + own), script=Markup(script), digest=digest)
+
+
+def write(url: str, data: TraceData) -> None:
+    """Write the page to `url` (any fsspec URL), whole or not at all.
+
+    Raises:
+        StorageError: the place cannot be written; the message names it and the reason.
+    """
+    write_atomic(url, build(data).encode("utf-8"))
