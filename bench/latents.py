@@ -15,6 +15,7 @@ gradients, for the same reason.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -149,19 +150,21 @@ class Recipe:
 
 
 class Meter:
-    """CPU seconds of calls, and by how much the process grew at most."""
+    """CPU seconds of calls, and by how much the process grew at most during each (`peaks`)."""
 
     def __init__(self) -> None:
-        gc.collect()
-        self.before = psutil.Process().memory_info().rss
         self.peaks: dict[str, int] = {}
 
     def __call__(self, name: str, call: Callable[[], object]) -> float:
+        gc.collect()
+        if sys.platform == "linux":  # what earlier calls have freed goes back, and is seen to be taken anew
+            ctypes.CDLL(None).malloc_trim(0)
+        before = psutil.Process().memory_info().rss
         with MemorySampler(interval=0.05) as memory:
             began = time.process_time()
             call()
             taken = time.process_time() - began
-        self.peaks[name] = max(s.rss["driver"] for s in memory.samples) - self.before
+        self.peaks[name] = max(s.rss["driver"] for s in memory.samples) - before
         return taken
 
 

@@ -154,7 +154,7 @@ OLD = {"d_in": D, "d_sae": H, "hook_point": "blocks.3.hook_resid_pre", "hook_poi
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, True, top5),
         ({"architecture": "topk", "activation_fn": "topk", "activation_fn_kwargs": {"k": 5}}, True, top5),
     ],
-    ids=str,
+    ids=["bare", "named", "unbiased", "activation_fn_str", "architecture"],
 )
 def test_configs_from_before_version_6(
     tmp_path: Path, config: dict[str, Any], twice: bool, active: Callable[[Tensor], Tensor]
