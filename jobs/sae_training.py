@@ -99,6 +99,7 @@ class SaeTraining:
             RecipeError: the sink holds another sweep's SAE.
         """
         self.layers  # noqa: B018  (raises where one does not exist)
+        self.rows  # noqa: B018  (raises where none is held out)
         pick_metric(self.evaluators, self.settings.metric)
         check_judge(self.evaluators, self._judge)
         if (stored := read_recipe(self._recipe_url, self.place)) is not None:

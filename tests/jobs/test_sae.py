@@ -195,3 +195,10 @@ def test_what_cannot_be_is_refused_before_any_work(given, change, told):
     with pytest.raises(ConfigError, match=told):
         given.run(**change)
     assert not (given.store / "activations").exists()
+
+
+def test_no_row_held_out_is_said_before_any_work_also_where_an_evaluator_decides(given):
+    path = {"evaluator": "[held_out_loss]", "evaluator.held_out_loss.path": given.folder / "corpus" / "a.jsonl"}
+    with pytest.raises(ConfigError, match="leaves out none of 40 rows"):
+        given.run(**{"sae.held_out": 1e-9, **path})
+    assert not (given.store / "activations").exists()
