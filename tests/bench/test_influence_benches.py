@@ -181,4 +181,5 @@ def test_peers_agree(tmp_path, data, capsys, one_thread, peer):
                 "--fit-rows", "12", "--rows", "16", "--pad-to", "256", "--recipe-rows", "3"])  # fmt: skip
     found = {line["metric"]: line for line in lines(capsys)}
     assert found["agreement"]["value"]["spearman"] > 0.98
-    assert found["rows_per_second"]["ratio"] > 0
+    if peer != "bfloat16":  # curate with itself: nothing to be faster than
+        assert found["rows_per_second"]["ratio"] > 0

@@ -111,11 +111,10 @@ def test_a_probe_from_labelled_rows(corpus, model, tmp_path):
 @pytest.mark.usefixtures("here")
 def test_a_persona_vector_from_judged_rollouts(corpus, model, tmp_path):
     """The judge, over real HTTP, finds the trait in every answer, so that no pair can be kept."""
-    seen: dict[str, int] = {}
+    seen: list[str] = []
 
     def judge(request: dict, n: int) -> dict:
-        prompt = request["messages"][0]["content"]
-        seen[prompt.split("?")[0]] = seen.get(prompt.split("?")[0], 0) + 1
+        seen.append(request["messages"][0]["content"].split("?")[0])
         return completion([("90", {"90": 0.9, "10": 0.1})])
 
     given = options(corpus, model, tmp_path / "out", concept="[persona]", **{"concept.file.path": None})
@@ -134,7 +133,7 @@ def test_a_persona_vector_from_judged_rollouts(corpus, model, tmp_path):
         # Both sides score 82: no negative answer is below 50, so no pair can be kept, and the message counts why.
         with pytest.raises(ConceptError, match=r"0 of 8 pairs .*negative answer not below 50|empty answer"):
             run_job("concept", [*given, f"judge.base_url={endpoint.url}"])
-    assert seen.keys() == {"trait", "coherent"}
+    assert set(seen[1:]) == {"trait", "coherent"}  # first, before any generation: whether the judge answers with digits
     assert not kept(tmp_path / "store")
     run_job("concept", [*(g for g in given if not g.startswith("judge")), "judge=none"])
     (path,) = kept(tmp_path / "store")
