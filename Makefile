@@ -20,7 +20,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
 KIND   := $(if $(filter 1,$(GPU)),gpu,cpu)
 
-.PHONY: help demo test test-full lint format bench install clean
+.PHONY: help demo test test-full lint format bench chaos audit-deps install clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -42,8 +42,23 @@ format: $(VENV)/.lint-$(KIND)  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# CHAOS="--seed 7 --jobs score fit --minutes 30" and so on; the same command goes on where the last one ended.
+chaos: $(VENV)/.test-$(KIND)  ## 20 kills of each kind over each job, hours; a table at the end
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.chaos $(CHAOS)
+
 bench: $(VENV)/.test-$(KIND)  ## all benchmarks, as JSON lines
 	for b in vector_filter pipeline generation stream; do $(BIN)/python -m bench.$$b || exit 1; done
+
+# Asks the package index whether the pinned files are those we tested, and pip-audit's services what is known of them;
+# what does not answer is said and is no failure (AUDIT=--strict makes it one).
+audit-deps: $(VENV)/.audit  ## known vulnerabilities and changed files among the pinned dependencies
+	$(VENV)/audit/bin/python deploy/audit.py $(AUDIT)
+
+$(VENV)/.audit: $(BIN)/python
+	@echo "==> pip-audit, in an environment of its own"
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --disable-pip-version-check --progress-bar off -q "pip-audit>=2.10,<3"
+	@touch $@
 
 install: $(VENV)/.runtime-$(KIND)  ## only install
 

@@ -80,7 +80,8 @@ class MemorySample:
 
 
 class MemorySampler:
-    """Samples this process ("driver") and its descendants every `interval` seconds while the block runs.
+    """Samples a process ("driver"; this one, or `pid`) and its descendants every `interval` seconds while the block
+    runs, or until it has ended.
 
     Args:
         classify: the group of a descendant.
@@ -92,8 +93,10 @@ class MemorySampler:
         classify: Classify = lambda process: "children",
         interval: float = 0.5,
         extra: Callable[[], Mapping[str, int]] = dict,
+        pid: int | None = None,
     ) -> None:
         self.samples: list[MemorySample] = []
+        self._root = psutil.Process(pid)
         self._classify, self._interval, self._extra = classify, interval, extra
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -107,18 +110,20 @@ class MemorySampler:
         self._thread.join()
 
     def _run(self) -> None:
-        me = psutil.Process()
-        while True:
-            self.samples.append(self._sample(me))
+        while self._root.is_running():
+            try:
+                self.samples.append(self._sample(self._root))
+            except psutil.Error:  # it has just ended
+                return
             if self._stop.wait(self._interval):
                 return
 
-    def _sample(self, me: psutil.Process) -> MemorySample:
+    def _sample(self, root: psutil.Process) -> MemorySample:
         rss: dict[str, int] = {}
         private: dict[str, int] = {}
-        for process in [me, *me.children(recursive=True)]:
+        for process in [root, *root.children(recursive=True)]:
             try:
-                group = "driver" if process.pid == me.pid else self._classify(process)
+                group = "driver" if process.pid == root.pid else self._classify(process)
                 info = process.memory_info()
             except psutil.Error:  # it ended between being listed and being read
                 continue

@@ -37,25 +37,28 @@ def write_shards(folder: Path, rows: int, shards: int, seed: int) -> int:
 
     A prompt has 4 to 12 words, a response 4 to 48: short rows, so that the model costs little.
     """
-    words, size = vocabulary(), 0
+    words = vocabulary()
     folder.mkdir(parents=True)
-    for shard in range(shards):
-        draw = random.Random(f"{seed}-{shard}")
-        first, last = rows * shard // shards, rows * (shard + 1) // shards
-        table = {
-            "id": [f"row-{i:09d}" for i in range(first, last)],
-            "messages": [
-                [
-                    {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(4, 12)))},
-                    {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(4, 48)))},
-                ]
-                for _ in range(first, last)
-            ],
-        }
-        path = folder / f"shard-{shard:05d}.parquet"
-        pq.write_table(pa.table(table), path, row_group_size=1024, compression="zstd")
-        size += path.stat().st_size
-    return size
+    return sum(write_shard(folder, rows, shards, seed, shard, words) for shard in range(shards))
+
+
+def write_shard(folder: Path, rows: int, shards: int, seed: int, shard: int, words: Sequence[str]) -> int:
+    """Shard number `shard` of those; returns its bytes."""
+    draw = random.Random(f"{seed}-{shard}")
+    first, last = rows * shard // shards, rows * (shard + 1) // shards
+    table = {
+        "id": [f"row-{i:09d}" for i in range(first, last)],
+        "messages": [
+            [
+                {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(4, 12)))},
+                {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(4, 48)))},
+            ]
+            for _ in range(first, last)
+        ],
+    }
+    path = folder / f"shard-{shard:05d}.parquet"
+    pq.write_table(pa.table(table), path, row_group_size=1024, compression="zstd")
+    return path.stat().st_size
 
 
 def ray_group(process: psutil.Process) -> str:
@@ -66,13 +69,15 @@ def ray_group(process: psutil.Process) -> str:
     return "readers" if title.startswith(("ray::IDLE", "ray::Map", "ray::call")) else "daemons"
 
 
-def spilled_bytes() -> Callable[[], Mapping[str, int]]:
-    """Bytes that lie spilled on disk by the Ray that is a child of this process; nothing while there is none."""
+def spilled_bytes(pid: int | None = None) -> Callable[[], Mapping[str, int]]:
+    """Bytes that lie spilled on disk by the Ray that is a child of this process (of `pid`); nothing while there is
+    none."""
+    root = psutil.Process(pid)
     place: list[Path] = []
 
     def look() -> Mapping[str, int]:
         if not place:
-            for child in psutil.Process().children():
+            for child in root.children():
                 try:
                     place.extend(Path(a.split("=", 1)[1]) for a in child.cmdline() if a.startswith("--session_dir="))
                 except psutil.Error:  # it has ended

@@ -6,6 +6,7 @@ A comment on what a field does stands in the YAML file where a user meets it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from connectors.redaction import check_no_secret
 from curate.corpus.example import ColumnMap
-from curate.errors import ConfigError
-from curate.models.engines import GenerationSpec
-from curate.models.load import ModelSpec
-from curate.models.tracked import LayerChoice
+from curate.errors import ConfigError, StorageError
+from curate.evaluation.audit_rules import Rule
+from curate.models.spec import GenerationSpec, LayerChoice, ModelSpec
+from curate.runtime.audit_settings import AuditSettings, WebhookSettings
 from curate.runtime.cluster import ClusterSpec
 from curate.runtime.latent_settings import GroupSettings, LatentSettings
 from curate.runtime.trace_spec import TraceSettings
@@ -197,6 +199,7 @@ class Settings:
     trace: TraceSettings
     latents: LatentSettings
     groups: GroupSettings
+    audit: AuditSettings
     # An empty list of choices leaves the key out.
     concept: dict[str, ConceptSettings] | None = None
     scorer: dict[str, dict[str, Any] | None] | None = None
@@ -229,9 +232,30 @@ for _cls in (
     TraceSettings,
     LatentSettings,
     GroupSettings,
+    Rule,
+    WebhookSettings,
+    AuditSettings,
     Settings,
 ):
     setattr(_cls, "__pydantic_config__", _STRICT)  # noqa: B010  (pydantic reads it; stdlib dataclasses do not declare it)
+
+
+def _no_secrets(value: Any, where: str) -> None:
+    """
+    Raises:
+        ConfigError: a text is a URL with credentials or a signature in it, which would end up in logs and recipes.
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _no_secrets(inner, f"{where}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _no_secrets(inner, where)
+    elif isinstance(value, str):
+        try:
+            check_no_secret(value)
+        except StorageError as e:
+            raise ConfigError(f"{where}: {e}") from None
 
 
 def settings(config: DictConfig) -> Settings:
@@ -246,13 +270,16 @@ def settings(config: DictConfig) -> Settings:
         raise ConfigError(f"{e.full_key} is not set; give it on the command line: {e.full_key}=…") from None
     except OmegaConfBaseException as e:
         raise ConfigError(f"the configuration cannot be resolved: {e}") from None
+    _no_secrets(plain, "")
     try:
         return TypeAdapter(Settings).validate_python(plain)
     except ValidationError as e:
         lines = []
         for err in e.errors()[:8]:
             where = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("list[", "str", "int")))
-            said = "there is no such option" if err["type"] == "unexpected_keyword_argument" else err["msg"]
+            if err["type"] == "unexpected_keyword_argument":  # without the value: a key may stand where none belongs
+                lines.append(f"  {where}: there is no such option")
+                continue
             shown = repr(err["input"])
-            lines.append(f"  {where} = {shown if len(shown) < 120 else shown[:119] + '…'}: {said}")
+            lines.append(f"  {where} = {shown if len(shown) < 120 else shown[:119] + '…'}: {err['msg']}")
         raise ConfigError("these settings do not fit:\n" + "\n".join(lines)) from None

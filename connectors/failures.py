@@ -10,6 +10,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from connectors import traffic
+from connectors.redaction import without_secrets
 from curate.errors import StorageError
 
 # Libraries underneath fsspec whose exceptions are not OSErrors.
@@ -79,7 +81,7 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 def _line(error: BaseException) -> str:
-    text = (getattr(error, "strerror", None) or " ".join(str(error).split()))[:300].rstrip(".")
+    text = without_secrets(getattr(error, "strerror", None) or " ".join(str(error).split()))[:300].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -99,4 +101,5 @@ def told(url: str, doing: str) -> Iterator[None]:
     except Exception as e:
         if not is_storage_failure(e):
             raise
+        traffic.add(errors=1)
         raise storage_error(e, url, doing) from e

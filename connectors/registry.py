@@ -105,7 +105,7 @@ def discover(source: str | Sequence[str], format: str = "auto") -> tuple[Connect
     if not chosen:
         raise CorpusError(f"{where} has no {connector.name} files. {_expected(found, connector)}")
     files = list({f.url: f for f in chosen}.values())
-    return connector, _rename(files) if len(urls) > 1 else [_own_name(f, f.url in named) for f in files]
+    return connector, _checked(_rename(files) if len(urls) > 1 else [_own_name(f, f.url in named) for f in files])
 
 
 def _as_format(name: str) -> str:
@@ -118,6 +118,19 @@ def _as_format(name: str) -> str:
 
 def _own_name(f: FileInfo, named: bool) -> FileInfo:
     return replace(f, name=f.url.rstrip("/").rsplit("/", 1)[-1]) if named else f
+
+
+def _checked(files: list[FileInfo]) -> list[FileInfo]:
+    """The files, none of whose names would lead out of a folder that products are written to. In an object store any
+    text is a name.
+
+    Raises:
+        CorpusError: one would.
+    """
+    for f in files:
+        if f.name.startswith("/") or ".." in f.name.split("/") or "\0" in f.name:
+            raise CorpusError(f"{f.url}: products are named by their source, and {f.name!r} leads out of its folder.")
+    return files
 
 
 def _rename(files: list[FileInfo]) -> list[FileInfo]:

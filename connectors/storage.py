@@ -21,9 +21,10 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from connectors import localfile
+from connectors import localfile, traffic
 from connectors.failures import is_transient, storage_error, told
-from connectors.urls import LOCAL, SCHEMES, FileInfo, is_local, join, local_path, scheme, split
+from connectors.streams import Reading, buffered
+from connectors.urls import LOCAL, SCHEMES, FileInfo, cache_root, is_local, join, local_path, scheme, split
 from curate.errors import StorageError
 
 __all__ = ["LOCAL", "SCHEMES", "FileInfo", "is_local", "join", "local_path", "scheme", "split"]
@@ -37,13 +38,14 @@ _WAIT = wait_exponential_jitter(initial=0.2, max=3.0, jitter=0.2)
 _STALE_UPLOAD_S = 24 * 3600.0
 
 
-def _again(url: str, doing: str, act: Callable[[], T]) -> T:
+def again(url: str, doing: str, act: Callable[[], T]) -> T:
     """Do an idempotent thing; on an object store again after a transient failure. Failures become StorageError."""
     attempts = 1 if scheme(url) in (*LOCAL, "memory") else _ATTEMPTS
     policy = Retrying(
         stop=stop_after_attempt(attempts),
         wait=_WAIT,
         retry=retry_if_exception(is_transient),
+        before_sleep=lambda state: traffic.add(retries=1),
         reraise=True,
     )
     with told(url, doing):
@@ -75,7 +77,7 @@ def info(url: str) -> FileInfo | None:
             return None
         return FileInfo(url, path.rsplit("/", 1)[-1], int(details["size"] or 0), _stamp(details))
 
-    return _again(url, "read", ask)
+    return again(url, "read", ask)
 
 
 def is_dir(url: str) -> bool:
@@ -88,7 +90,7 @@ def is_dir(url: str) -> bool:
         except FileNotFoundError:
             return False
 
-    return _again(url, "read", ask)
+    return again(url, "read", ask)
 
 
 def exists(url: str) -> bool:
@@ -117,7 +119,7 @@ def _listing(url: str, all_files: bool) -> list[FileInfo]:
             return {}
 
     out = []
-    for name, details in _again(url, "list", ask).items():
+    for name, details in again(url, "list", ask).items():
         relative = name.rstrip("/").removeprefix(root).strip("/") or root.rsplit("/", 1)[-1]
         # An object whose name ends in "/" is how some tools mark a folder.
         if details["type"] != "file" or name.endswith("/") or (not all_files and name != root and hidden(relative)):
@@ -144,48 +146,15 @@ def glob(pattern: str) -> list[FileInfo]:
         return fs.glob(path, detail=True)
 
     out = []
-    for name, details in _again(pattern, "list", ask).items():
-        if details["type"] != "file":
-            continue
-        if is_local(pattern):
+    for name, details in again(pattern, "list", ask).items():
+        if is_local(pattern):  # links are followed, as in a listing
             with told(name, "read"):
                 found = localfile.info(Path(name), name)
             out += [found] if found else []
-        else:
+        elif details["type"] == "file":
             url = f"{scheme(pattern)}://{name.lstrip('/')}"
             out.append(FileInfo(url, name.rsplit("/", 1)[-1], int(details["size"] or 0), _stamp(details)))
     return sorted(out)
-
-
-class _Reading(io.RawIOBase):
-    """A file of an object store whose failures are StorageErrors, also when a format library does the reading."""
-
-    def __init__(self, file: Any, url: str) -> None:
-        self._file, self._url = file, url
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        with told(self._url, "read"):
-            data = self._file.read(view.nbytes)
-        view[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
 
 
 def open_read(url: str) -> BinaryIO:
@@ -200,13 +169,15 @@ def open_read(url: str) -> BinaryIO:
         with told(url, "read"):
             raw = io.BytesIO(fs.cat_file(path))
     else:
-        raw = _again(url, "read", lambda: fs.open(path, "rb", block_size=READ_BLOCK))
-    return cast(BinaryIO, io.BufferedReader(_Reading(raw, url), 1 << 18))
+        raw = again(url, "read", lambda: fs.open(path, "rb", block_size=READ_BLOCK))
+    return cast(BinaryIO, io.BufferedReader(Reading(raw, url), 1 << 18))
 
 
 def read_bytes(url: str) -> bytes:
     fs, path = split(url)
-    return bytes(_again(url, "read", lambda: fs.cat_file(path)))
+    data = bytes(again(url, "read", lambda: fs.cat_file(path)))
+    traffic.add(read=len(data))
+    return data
 
 
 def read_text(url: str) -> str:
@@ -229,47 +200,8 @@ def write_atomic(url: str, data: bytes | str) -> None:
             f.write(raw)
         return
     fs, path = split(url)
-    _again(url, "write", lambda: fs.pipe_file(path, raw))
-
-
-class _Writing(io.RawIOBase):
-    """A file being written whose failures are StorageErrors about its final URL."""
-
-    def __init__(self, file: Any, url: str) -> None:
-        self._file, self._url, self._at = file, url, 0
-        self.abandoned = False
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self.abandoned:
-            return view.nbytes  # what the buffer above still holds is not wanted any more
-        done = 0
-        with told(self._url, "write"):
-            while done < view.nbytes:  # a nearly full disk takes a part
-                done += self._file.write(view[done:])
-        self._at += done
-        return done
-
-    def tell(self) -> int:
-        return self._at
-
-
-@contextmanager
-def _buffered(file: Any, url: str) -> Iterator[BinaryIO]:
-    raw = _Writing(file, url)
-    buffered = io.BufferedWriter(raw, 1 << 20)
-    try:
-        yield cast(BinaryIO, buffered)
-        if not buffered.closed:
-            buffered.flush()
-    except BaseException:
-        raw.abandoned = True
-        raise
-    finally:
-        buffered.close()
+    again(url, "write", lambda: fs.pipe_file(path, raw))
+    traffic.add(written=len(raw))
 
 
 @contextmanager
@@ -280,20 +212,23 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
     multipart upload that is completed at the end and aborted on an exception.
     """
     if is_local(url):
-        with localfile.replacing(local_path(url), lambda: told(url, "write")) as raw, _buffered(raw, url) as f:
+        with (
+            localfile.replacing(local_path(url, writing=True), lambda: told(url, "write")) as raw,
+            buffered(raw, url) as f,
+        ):
             yield f
         return
     fs, path = split(url)
     if scheme(url) == "memory":  # its files show while they are being written
         whole = io.BytesIO()
-        with _buffered(whole, url) as f:
+        with buffered(whole, url) as f:
             yield f
         write_atomic(url, whole.getvalue())
         return
     with told(url, "write"):
         upload = fs.open(path, "wb")
     try:
-        with _buffered(upload, url) as f:
+        with buffered(upload, url) as f:
             yield f
         with told(url, "write"):
             upload.close()
@@ -312,7 +247,7 @@ def remove_stale_temps(url: str) -> int:
     locally they hold a lock on their file; in S3, uploads that are not completed count as dead after a day."""
     if is_local(url):
         with told(url, "clean"):
-            return localfile.remove_stale(local_path(url))
+            return localfile.remove_stale(local_path(url, writing=True))
     if scheme(url) not in ("s3", "s3a"):
         return 0  # the other stores drop incomplete uploads by themselves
     fs, path = split(url)
@@ -327,7 +262,7 @@ def remove_stale_temps(url: str) -> int:
                 removed += 1
         return removed
 
-    return _again(url, "clean", ask)
+    return again(url, "clean", ask)
 
 
 def check_writable(url: str) -> None:
@@ -340,7 +275,7 @@ def check_writable(url: str) -> None:
     try:
         write_atomic(probe, b"can this place be written?\n" * 200)
         fs, path = split(probe)
-        _again(probe, "remove", lambda: fs.rm_file(path))
+        again(probe, "remove", lambda: fs.rm_file(path))
     except StorageError as e:
         raise StorageError(str(e).replace(probe, url)) from e
 
@@ -349,12 +284,9 @@ def remove(url: str) -> None:
     """Remove one file; one that is not there is no error."""
     if exists(url):
         fs, path = split(url)
-        _again(url, "remove", lambda: fs.rm_file(path))
-
-
-def cache_root() -> Path:
-    """${CURATE_CACHE:-~/.cache/curate}"""
-    return Path(os.environ.get("CURATE_CACHE") or "~/.cache/curate").expanduser()
+        if is_local(url):
+            path = str(local_path(url, writing=True))
+        again(url, "remove", lambda: fs.rm_file(path))
 
 
 def local_copy(url: str) -> Path:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class CurateError(Exception):
-    """Base of every error raised on purpose; jobs print its message without a traceback and exit with status 2."""
+    """Base of every error raised on purpose; jobs print its message without a traceback and exit with `status`."""
+
+    status: ClassVar[int] = 2
 
 
 class ConfigError(CurateError):
@@ -44,6 +47,20 @@ class WorkerError(CurateError):
 
 class RecipeError(CurateError):
     """The output place already holds the product of another recipe."""
+
+
+class LeaseError(CurateError):
+    """Another process works in the place, or has taken it over."""
+
+
+class DriftFound(CurateError):
+    """An audit is done and committed, and a rule of severity `fail` has fired."""
+
+    status = 3
+
+
+class DeliveryError(CurateError):
+    """A notice may not be sent where it is addressed to, or did not arrive."""
 
 
 class BadRow(Exception):

@@ -9,7 +9,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from curate.errors import ConfigError, CurateError, near
+from curate.runtime import events
 
 if TYPE_CHECKING:
     from jobs.pipeline import Pipeline
 
-FAILED = 2
+FAILED = CurateError.status
 _PLANNED = ("run", "retrain", "plan")
 _GROUPS = (
     "source",
@@ -52,6 +54,7 @@ _GROUPS = (
     "trace",
     "latents",
     "groups",
+    "audit",
     "experiment",
 )
 
@@ -119,7 +122,8 @@ def _explain(job: str, overrides: list[str], error: Exception) -> str:
 
 
 def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
-    """The main function of a job: `stages` gets a Pipeline with a running Ray. Exits 2 on an error a user can mend."""
+    """The main function of a job: `stages` gets a Pipeline with a running Ray. Exits 2 on an error a user can mend,
+    or with the error's own status."""
 
     @hydra.main(config_path="pkg://conf", config_name=job, version_base=None)
     def application(config: DictConfig) -> None:
@@ -128,26 +132,30 @@ def entry(job: str, stages: Callable[[Pipeline], None]) -> Callable[[], None]:
     def checked(config: DictConfig) -> None:
         if config.plan and job not in _PLANNED:
             raise ConfigError(f"plan=true is for {', '.join(_PLANNED[:2])}; `curate plan` says what scores cost")
-        run(config, told)
+        run(config, stages, job, told)
 
-    def told(pipeline: Pipeline) -> None:
+    @contextmanager
+    def told(pipeline: Pipeline) -> Iterator[None]:
         try:
-            stages(pipeline)
+            yield
         except CurateError as e:
             say(e)
             if pipeline.config.cluster.address == "inline" or not _own_process():
-                sys.exit(FAILED)
+                sys.exit(e.status)
             # On a busy machine Ray's shutdown can end this process with a status of its own. An embedded Ray's
             # processes are tied to this one and end with it; a cluster frees what a driver held that is gone.
             sys.stdout.flush()
-            os._exit(FAILED)
+            os._exit(e.status)
 
     def say(error: CurateError) -> None:
-        print(f"curate {job}: {error}", file=sys.stderr, flush=True)
+        if events.as_json():
+            events.say(str(error), "error", job=job, kind=type(error).__name__)
+        else:
+            print(f"curate {job}: {error}", file=sys.stderr, flush=True)
 
     def fail(error: CurateError) -> None:
         say(error)
-        sys.exit(FAILED)
+        sys.exit(error.status)
 
     def guarded(act: Callable[[], None]) -> None:
         try:
@@ -175,17 +183,30 @@ def _own_process() -> bool:
     return name == "curate" or name.startswith("jobs.")
 
 
-def run(config: DictConfig, stages: Callable[[Pipeline], None]) -> None:
-    """Check what can be checked without a cluster, then run the stages on one."""
+def run(
+    config: DictConfig,
+    stages: Callable[[Pipeline], None],
+    job: str | None = None,
+    told: Callable[[Pipeline], AbstractContextManager[None]] = lambda pipeline: nullcontext(),
+) -> None:
+    """Check what can be checked without a cluster, then run the stages on one.
+
+    Args:
+        job: the name under which logs and `curate status` know it; None: they do not.
+        told: a context around the stages, to be left before the cluster is.
+    """
     from conf.schema import settings
     from curate.runtime.progress import show_log
     from curate.runtime.session import session
     from jobs.pipeline import Pipeline
+    from jobs.work import at_work, noted_work
 
     show_log()
     pipeline = Pipeline(settings(config))
-    pipeline.check()
-    with session(pipeline.config.cluster) as running:
-        pipeline.session = running
-        pipeline.check_shared()
-        stages(pipeline)
+    with at_work(job, pipeline.config):
+        pipeline.check()
+        with session(pipeline.config.cluster) as running:
+            pipeline.session = running
+            with told(pipeline), noted_work(job, pipeline.config):
+                pipeline.check_shared()
+                stages(pipeline)

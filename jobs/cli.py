@@ -24,15 +24,23 @@ JOBS = {
     "latents": "find the SAE latents that tell two sets of rows apart, and keep them as concepts",
     "groups": "group rows by the SAE latents that fire on them; remove whole groups by a score",
     "trace": "for test items: which rows, SAE latents of them and tokens made the model answer so",
+    "audit": "score what is new in a growing corpus, compare it with a baseline, alert",
     "plan": "say what a run will cost before it runs",
-    "submit": "submit a job to a Ray cluster (curate submit run …)",
 }
+TOOLS = {
+    "status": "how far a run is, from its output place (curate status s3://bucket/curated)",
+    "submit": "submit a job to a Ray cluster (curate submit run …), and see after it: status, logs, stop",
+}
+"""Commands that are no jobs: their options are flags."""
 HELP = f"""curate {__version__}: decide which training data a language model should see
 
 usage: curate <job> [group=choice …] [option=value …]
 
 jobs:
 {chr(10).join(f"  {name:<9} {what}" for name, what in JOBS.items())}
+
+tools:
+{chr(10).join(f"  {name:<9} {what}" for name, what in TOOLS.items())}
 
 examples:
   curate run                                            the embedded demo, into out/demo
@@ -54,8 +62,8 @@ def main() -> None:
         print(__version__)
         return
     job = sys.argv[1]
-    if job not in JOBS:
-        print(f"curate: there is no job {job!r}{near(job, JOBS)}", file=sys.stderr)
+    if job not in JOBS and job not in TOOLS:
+        print(f"curate: there is no job {job!r}{near(job, [*JOBS, *TOOLS])}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"curate {job}", *sys.argv[2:]]
     importlib.import_module(f"jobs.{job}").main()

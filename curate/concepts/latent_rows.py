@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
+
+Tokens = Literal["response", "all"]
+Statistic = Literal["max", "mean"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_after_attempt, stop_when_event_set
 
+from connectors.redaction import shown
 from curate.errors import ConfigError
 from curate.evaluation.judge import JudgeScore, fill, not_unicode, parse_number, score_of, short
 from curate.evaluation.judge_cache import JudgeCache, content_key
@@ -117,16 +118,21 @@ class OpenAIJudge:
             raise ConfigError("judge.model is empty; name the model that the endpoint serves")
         url = urlsplit(base_url or "https://api.openai.com/v1")
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise ConfigError(f"judge.base_url is {base_url!r}; expected http(s)://host[:port]/v1")
+            raise ConfigError(f"judge.base_url is {shown(base_url or '')!r}; expected http(s)://host[:port]/v1")
         if url.username or url.password:
             raise ConfigError(f"judge.base_url holds a password; put the key into the variable {api_key_env} instead")
+        if url.query or url.fragment:
+            raise ConfigError(
+                f"judge.base_url has a query or fragment ({url.scheme}://{url.netloc}{url.path}?…); give it without, "
+                f"and put a key into the variable {api_key_env}"
+            )
         key = os.environ.get(api_key_env, "")
         if not key and url.hostname == "api.openai.com":
             raise ConfigError(
                 f"the judge needs a key: set the environment variable {api_key_env}, name another one with "
                 f"judge.api_key_env, give judge.base_url of a server of your own, or set judge=none"
             )
-        self._api_key_env, self._progress = api_key_env, progress
+        self._api_key_env, self._key, self._progress = api_key_env, key, progress
         self.model, self.base_url = model, url.geturl().rstrip("/")
         self.max_tokens, self.top_logprobs, self.concurrency = max_tokens, top_logprobs, concurrency
         self._attempts, self._backoff, self._timeout = attempts, backoff, timeout
@@ -238,24 +244,31 @@ class OpenAIJudge:
         except openai.NotFoundError as e:
             raise _Fatal(
                 f"the judge at {self.base_url} does not know the model {self.model!r} or the path (status 404): "
-                f"{short(e.message)}. Check judge.model, and that judge.base_url ends in /v1."
+                f"{self._said(e.message)}. Check judge.model, and that judge.base_url ends in /v1."
             ) from e
         except openai.APITimeoutError:
             return f"no answer within {self._timeout:g} s, {self._attempts} times"
         except openai.APIConnectionError as e:
             raise _Fatal(
                 f"the judge at {self.base_url} cannot be reached ({type(e.__cause__ or e).__name__}: "
-                f"{short(str(e.__cause__ or e))}). Check judge.base_url; what was answered so far is "
+                f"{self._said(str(e.__cause__ or e))}). Check judge.base_url; what was answered so far is "
                 f"{'cached' if self._cache else 'lost, since judge.cache_url is not set'}."
             ) from e
         except openai.APIStatusError as e:
-            return f"status {e.status_code}: {short(e.message)}"
+            return f"status {e.status_code}: {self._said(e.message)}"
         except MalformedAnswer as e:
             return f"malformed answer: {e}"
         # Not what came without log-probabilities: a server that is set right has to be asked again.
         if cache and (answer.tokens or answer.refusal):
             cache.put(key, answer.to_json())
         return answer
+
+    def _without_key(self, text: str) -> str:
+        """What a server said; some repeat the key that they refuse."""
+        return text.replace(self._key, "…") if self._key else text
+
+    def _said(self, text: str) -> str:
+        return short(self._without_key(text))
 
     def _in_turn(self, body: dict[str, Any], give_up: threading.Event) -> Answer:
         """One request, when its turn comes; what the server says of waiting holds for all that come after."""
@@ -269,7 +282,7 @@ class OpenAIJudge:
     def _request(self, body: dict[str, Any]) -> Answer:
         # The raw text, since the client's own models let wrong shapes through.
         raw = self._client.chat.completions.with_raw_response.create(**body)
-        return read_completion(raw.http_response.text)
+        return read_completion(self._without_key(raw.http_response.text))
 
     def _read(self, answer: Answer) -> JudgeScore:
         if answer.refusal:

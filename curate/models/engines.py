@@ -12,55 +12,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from curate.errors import ConfigError, ModelError
 from curate.models.load import ModelSpec, resolve_device
+from curate.models.spec import GenerationSpec
 
 log = logging.getLogger(__name__)
 
 
 class EngineDead(ModelError):
     """The engine cannot go on; whoever holds it replaces it. The prompts of the call are unanswered."""
-
-
-@dataclass(frozen=True)
-class GenerationSpec:
-    """How responses are sampled, and by what.
-
-    `temperature=0` takes the likeliest token. `dtype=auto` is bfloat16 on CUDA, float32 elsewhere. `max_model_len`
-    counts prompt and response; the model's own limit holds where it is lower. `kv_cache_gb` is for engines on the
-    CPU, `gpu_memory_utilization` and `tensor_parallel` for those on GPUs.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int = 2048
-    max_batch: int = 64
-    kv_cache_gb: float = 1.0
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel: int = 1
-    enforce_eager: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_model_len", "max_batch", "tensor_parallel"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"generation.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"generation.temperature is {self.temperature}; it must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"generation.top_p is {self.top_p}; it must be in (0, 1]")
-        if self.kv_cache_gb <= 0:
-            raise ConfigError(f"generation.kv_cache_gb is {self.kv_cache_gb}; it must be positive")
-        if self.engine not in ("auto", "vllm", "transformers"):
-            raise ConfigError(f"generation.engine is {self.engine!r}; choose 'auto', 'vllm' or 'transformers'")
 
 
 @dataclass(frozen=True)

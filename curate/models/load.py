@@ -7,13 +7,13 @@ Whatever the readers of broken files raise (every library its own kinds) becomes
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from connectors.storage import local_path
 from curate.errors import ConfigError, ModelError, near
 from curate.models import adapter as lora
 from curate.models.cache import cached_folder
@@ -21,6 +21,7 @@ from curate.models.complete import check_complete
 from curate.models.digest import file_digest, folder_digest
 from curate.models.gguf import dequantise
 from curate.models.locate import locate
+from curate.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,25 +31,6 @@ DTYPES: dict[Literal["float32", "bfloat16", "float16"], torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Which model, in which precision, where. `path` takes the forms of locate.py; `adapter` those of folders.
-
-    `dtype=auto` is bfloat16 on CUDA and float32 elsewhere. `chat_template` is a Jinja text or a file that holds one.
-    Without `merge_adapter` the adapter's matrices stay layers of their own beside the weights that they correct.
-    """
-
-    path: str
-    adapter: str | None = None
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    attention: str = "sdpa"
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    merge_adapter: bool = True
 
 
 def resolve_device(device: str) -> torch.device:
@@ -87,7 +69,7 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
 
 def _source(spec: ModelSpec) -> Path:
     """The .gguf file, or the folder in Hugging Face layout, that `spec.path` names."""
-    place = locate(spec.path, spec.revision, spec.trust_remote_code)
+    place = locate(spec.path, spec.revision)
     if place.is_file():
         if place.suffix != ".gguf":
             raise ModelError(f"the model path {spec.path!r} is a file; give its folder, or a .gguf file")
@@ -135,7 +117,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     folder = resolve(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"the tokenizer of {spec.path!r} cannot be loaded: {error}") from error
     if spec.chat_template is not None:
@@ -147,7 +129,7 @@ def _template(value: str) -> str:
     if "{" in value:
         return value
     try:
-        return Path(value).expanduser().read_text(encoding="utf-8")
+        return local_path(value).read_text(encoding="utf-8")
     except OSError as error:
         raise ModelError(f"model.chat_template is {value!r}, neither a Jinja text nor a readable file") from error
 
@@ -187,7 +169,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             folder,
             dtype=dtype,
             attn_implementation=spec.attention,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -211,9 +193,9 @@ def bare_model(spec: ModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"the config of {spec.path!r} cannot be read: {error}") from error
 
@@ -228,7 +210,7 @@ def materialise(spec: ModelSpec) -> Path:
         return folder
 
     def build(target: Path) -> None:
-        plain = ModelSpec(str(folder), str(adapter), device="cpu", trust_remote_code=spec.trust_remote_code)
+        plain = ModelSpec(str(folder), str(adapter), device="cpu")
         load_model(plain).save_pretrained(target)
         load_tokenizer(plain).save_pretrained(target)
 
@@ -242,7 +224,7 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     """
     source, folder, adapter = _source(spec), resolve(spec), resolve_adapter(spec)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"the config of {spec.path!r} cannot be read: {error}") from error
     text = config.get_text_config()

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from connectors.storage import local_copy
+from connectors.storage import local_copy, local_path
 from curate.errors import ModelError
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -21,12 +21,12 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]  # the same weights again, in forms that nobody here reads
 
 
-def locate(path: str, revision: str | None = None, code: bool = False) -> Path:
-    """Local folder or file of `path`. `revision` is for the hub; `code` fetches the repository's Python files too.
+def locate(path: str, revision: str | None = None) -> Path:
+    """Local folder or file of `path`. `revision` is for the hub, whose repositories' Python files are never fetched.
 
     Raises:
         ModelError: nothing lies there; the message says what was looked for.
-        StorageError: a URL cannot be read.
+        StorageError: a URL cannot be read, or a path lies outside CURATE_LOCAL_ROOTS.
     """
     if path.startswith("pkg://"):
         return _in_package(path)
@@ -34,12 +34,12 @@ def locate(path: str, revision: str | None = None, code: bool = False) -> Path:
         return local_copy(path)
     local = Path(path).expanduser()
     if local.exists():
+        local_path(path)  # refuses what lies outside of the allowed folders
         return local
     if path.endswith(".gguf") or not _HUB_ID.match(path) or path.startswith("."):
         raise ModelError(f"the model path {path!r} does not exist. {_FORMS}")
     try:
-        wanted = [*_WANTED, "*.py"] if code else _WANTED
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

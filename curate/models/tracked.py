@@ -13,48 +13,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from curate.errors import ConfigError, near
+from curate.errors import ConfigError
+from curate.models.spec import Kind, LayerChoice
 from curate.models.tap import decoder_parts
 
-Kind = Literal["attention", "mlp", "all", "adapter"]
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
 _PROBE = (2, 32)  # rows and tokens of different ids: enough that no router sends them all to one expert
 _ATTENTION = re.compile(r"\.(self_attn|self_attention|attn|attention)\.")
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """Which linear layers of the blocks to track.
-
-    kind: of self-attention, of the MLP, all of a block's, or those of the LoRA adapter.
-    first, last: blocks first..last-1, counted from 0; None: from the first, to the last (a concept at layer l reaches
-        blocks below l only, so `last` is at most l for it).
-    stride: every stride-th of these blocks, beginning with `first`.
-    pattern: a regular expression that a layer's name must hold (`re.search`).
-    """
-
-    kind: Kind = "attention"
-    first: int | None = None
-    last: int | None = None
-    stride: int = 1
-    pattern: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ConfigError(f"the kind of tracked layers is {self.kind!r}{near(self.kind, get_args(Kind))}")
-        if self.stride < 1:
-            raise ConfigError(f"the stride of the tracked blocks is {self.stride}; it must be at least 1")
-        try:
-            re.compile(self.pattern or "")
-        except re.error as e:
-            raise ConfigError(f"the pattern of layer names {self.pattern!r} is no regular expression: {e}") from None
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class VllmEngine(Engine):
         # Sums in 16 bits come out differently in every batch shape; in 32 bits the differences move no sample.
         self.row_reproducible = dtype == torch.float32 or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         folder = materialise(model)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self._vocab = int(config.get_text_config().vocab_size)
         self._max_len = min(generation.max_model_len, context_length(config))
         self._tokenizer = load_tokenizer(model)
@@ -149,7 +149,7 @@ class VllmEngine(Engine):
                 max_num_seqs=generation.max_batch,
                 tensor_parallel_size=generation.tensor_parallel,
                 enforce_eager=generation.enforce_eager,
-                trust_remote_code=model.trust_remote_code,
+                trust_remote_code=False,
                 seed=0,
                 disable_log_stats=True,
                 **memory,

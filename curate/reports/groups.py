@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from curate.reports import group_plots
 from curate.reports.group_plots import Path, thinned
 from curate.reports.passages import Passage
-from curate.reports.report import environment
+from curate.reports.report import rendered
 from curate.reports.words import column
 from curate.selection.groups import Curve
 
@@ -69,8 +68,7 @@ class GroupsPage:
 
 def build(page: GroupsPage) -> str:
     """The whole page. The same data gives the same text."""
-    style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
-    return environment().get_template("groups.html.j2").render(**_context(page), style=Markup(style))
+    return rendered("groups.html.j2", _context(page), ("page.css", "groups.css"))
 
 
 def _context(page: GroupsPage) -> dict[str, Any]:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-
-from markupsafe import Markup
 
 from curate.reports.passages import Passage
-from curate.reports.report import environment
+from curate.reports.report import rendered
 
 
 @dataclass(frozen=True)
@@ -51,5 +48,4 @@ class LatentsPage:
 
 def build(page: LatentsPage) -> str:
     """The whole page. The same data gives the same text."""
-    style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
-    return environment().get_template("latents.html.j2").render(page=page, style=Markup(style))
+    return rendered("latents.html.j2", {"page": page})

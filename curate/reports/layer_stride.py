@@ -6,22 +6,16 @@ In: LayerStrides. Out: the page as text. Knows no model and no files.
 from __future__ import annotations
 
 import math
-from importlib import resources
 from typing import Any
-
-from markupsafe import Markup
 
 from curate.evaluation.layer_stride import LayerStrides
 from curate.reports import plots
-from curate.reports.report import environment
+from curate.reports.report import rendered
 
 
 def build(study: LayerStrides, title: str, level: float = 0.9) -> str:
     """The whole page; `level` is the rank correlation that is asked for. The same study gives the same text."""
-    style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        environment().get_template("layer_stride.html.j2").render(**_context(study, title, level), style=Markup(style))
-    )
+    return rendered("layer_stride.html.j2", _context(study, title, level))
 
 
 def _context(study: LayerStrides, title: str, level: float) -> dict[str, Any]:

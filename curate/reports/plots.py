@@ -94,6 +94,7 @@ def element(figure: Figure, name: str, alt: str) -> Markup:
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.S)
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", body, flags=re.S)
     body = re.sub(r"font-family: [^;\"]*;?", "", body)
+    body = re.sub(r'style="([^"]*)"', lambda m: _attributes(m[1]), body)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
     for variable, stand_in in STAND_IN.items():
@@ -106,6 +107,13 @@ def element(figure: Figure, name: str, alt: str) -> Markup:
         f'width="{float(view[1]):g}" height="{float(view[2]):g}" role="img" aria-label="{escape(alt)}">'
     )
     return Markup(re.sub(r"^<svg[^>]*>", lambda _: head, body).strip())
+
+
+def _attributes(declarations: str) -> str:
+    """A `style` attribute's declarations as attributes of their own: a page that trusts its own style sheet alone may
+    refuse the first, and all that matplotlib writes exists as the second."""
+    pairs = (d.split(":", 1) for d in declarations.split(";") if d.strip())
+    return " ".join(f'{name.strip()}="{value.strip()}"' for name, value in pairs)
 
 
 def rc(name: str) -> Any:  # matplotlib types its settings as a dict of several hundred literals

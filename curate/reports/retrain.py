@@ -6,20 +6,15 @@ In: RetrainData. Out: one HTML file that needs no network, no script and no othe
 
 from __future__ import annotations
 
-from importlib import resources
-
-from markupsafe import Markup
-
 from connectors.storage import write_atomic
-from curate.reports.report import environment
+from curate.reports.report import rendered
 from curate.reports.retrain_data import RetrainData
 from curate.reports.retrain_view import context
 
 
 def build(data: RetrainData) -> str:
     """The whole page. The same data gives the same text, byte for byte."""
-    style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
-    return environment().get_template("retrain.html.j2").render(**context(data), style=Markup(style))
+    return rendered("retrain.html.j2", context(data))
 
 
 def write(url: str, data: RetrainData) -> None:

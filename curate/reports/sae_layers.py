@@ -5,14 +5,11 @@ In: a LayerSweep. Out: the page as text. Knows no model and no files.
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
-
-from markupsafe import Markup
 
 from curate.evaluation.sae_insertion import LayerSweep
 from curate.reports import sae_plots
-from curate.reports.report import environment
+from curate.reports.report import rendered
 
 SIZES = (("wide", 920), ("narrow", 350))
 # How a drop of the metric is called, by what more of the metric means.
@@ -21,8 +18,7 @@ _DROPS = {"capability": "drop of", "loss": "rise of", "trait": "change of", "cou
 
 def build(sweep: LayerSweep, title: str) -> str:
     """The whole page. The same sweep gives the same text."""
-    style = resources.files("curate.reports").joinpath("page.css").read_text(encoding="utf-8")
-    return environment().get_template("sae_layers.html.j2").render(**_context(sweep, title), style=Markup(style))
+    return rendered("sae_layers.html.j2", _context(sweep, title))
 
 
 def _context(sweep: LayerSweep, title: str) -> dict[str, Any]:

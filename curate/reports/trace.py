@@ -7,27 +7,15 @@ so that no other script can run. Knows no model, no cluster and no files but the
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from importlib import resources
-
-from markupsafe import Markup
-
 from connectors.storage import write_atomic
-from curate.reports.report import environment
+from curate.reports.report import rendered
 from curate.reports.trace_data import TraceData
 from curate.reports.trace_view import context
 
 
 def build(data: TraceData) -> str:
     """The whole page. The same data gives the same text, byte for byte."""
-    folder = resources.files("curate.reports")
-    style, own, script = (
-        folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "trace.css", "trace.js")
-    )
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
-    template = environment().get_template("trace.html.j2")
-    return template.render(**context(data), style=Markup(style + own), script=Markup(script), digest=digest)
+    return rendered("trace.html.j2", context(data), ("page.css", "trace.css"), "trace.js")
 
 
 def write(url: str, data: TraceData) -> None:

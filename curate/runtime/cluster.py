@@ -26,3 +26,4 @@ class ClusterSpec:
     wait_seconds: float = 900.0
     token_budget: int | None = None
     gradient_token_budget: int | None = None
+    peak_tflops: float | None = None

@@ -16,6 +16,7 @@ import torch
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
+from curate.runtime import events, metrics
 from curate.runtime.inline import is_inline
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool
@@ -29,7 +30,9 @@ Answer = TypeVar("Answer")
 class _Member:
     """One actor. Errors travel as data: of a failing constructor Ray would only restart the actor."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], Any], scene: events.Scene) -> None:
+        events.enter(scene)
+        metrics.count("curate_worker_starts", 1)
         self.failed: CurateError | None = None
         try:
             with out_of_memory_in_words():
@@ -37,7 +40,10 @@ class _Member:
         except CurateError as e:
             self.failed = e
 
-    def work(self, act: Callable[[Any, Any], Any], item: Any) -> tuple[Any, tuple[str, str] | None]:
+    def work(
+        self, act: Callable[[Any, Any], Any], item: Any, scene: events.Scene
+    ) -> tuple[Any, tuple[str, str] | None]:
+        events.enter(scene)
         if self.failed is not None:
             return None, (type(self.failed).__name__, str(self.failed))
         try:
@@ -47,6 +53,8 @@ class _Member:
             return None, (type(e).__name__, str(e))
         except torch.AcceleratorError:
             os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+        finally:
+            metrics.flush()
 
 
 class Crew:
@@ -90,7 +98,7 @@ class Crew:
             while at < len(items) or running:
                 while idle and at < len(items):
                     member = idle.pop()
-                    running[member.work.remote(act, items[at])] = member, items[at]
+                    running[member.work.remote(act, items[at], events.scene())] = member, items[at]
                     at += 1
                 (done, *_), _ = ray.wait(list(running), num_returns=1)
                 member, item = running.pop(done)
@@ -103,6 +111,7 @@ class Crew:
                         raise
                     answer, error = lost(item, said), None
                 if error is not None:
+                    metrics.error(error[0])
                     raise getattr(errors, error[0], CurateError)(error[1])
                 yield answer
         except ray.exceptions.RayError as e:
@@ -114,7 +123,7 @@ class Crew:
             options: dict[str, Any] = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus or None}
             if self._accelerator is not None:
                 options["accelerator_type"] = self._accelerator
-            self._members.append(member.options(**options, **self._pool.retries()).remote(self._make))
+            self._members.append(member.options(**options, **self._pool.retries()).remote(self._make, events.scene()))
 
     def close(self) -> None:
         """End the actors, so that their share of the machine is free for the next stage. Inline, a state that has a

@@ -29,6 +29,7 @@ from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, bare_model, identity, load_tokenizer
 from curate.models.locate import locate
 from curate.runtime.evaluation_files import (
+    MEASURES,
     load_answers,
     load_items,
     load_likelihoods,
@@ -40,6 +41,7 @@ from curate.runtime.generate import sampling_facts
 from curate.runtime.judge import loaded
 from curate.runtime.progress import say
 from curate.runtime.responses import Asking, Case, respond
+from curate.runtime.run_note import StageNote, begin
 from curate.runtime.session import Session
 
 __all__ = ["EvaluateSpec", "EvaluatedModel", "Evaluation", "evaluate", "load_items"]
@@ -116,12 +118,15 @@ def evaluate(
     jobs = _jobs(spec, models, evaluators, judge)
     missing = {job.url: job for job in reversed(jobs) if load_measures(job.url) is None}
     todo = [job for job in jobs if missing.get(job.url) is job]
-    if len(missing) < (distinct := len({job.url for job in jobs})):
+    distinct = len({job.url for job in jobs})
+    if len(missing) < distinct:
         say("evaluate: resuming", evaluations_done=distinct - len(missing), evaluations_left=len(missing))
     if todo:
         storage.check_writable(storage.join(spec.store, "evaluations"))  # before the work, not after
     if any(job.evaluator.judged for job in todo):
         check_ready(judge)
+    places = {f"{job.key} · {job.case.label}": job.url for job in jobs}
+    begin(StageNote("evaluate", distinct, "evaluations", distinct - len(missing), places=places, marker=MEASURES))
     judged = []
     for model in dict.fromkeys(job.model for job in todo):
         mine = {id(job.case): job for job in todo if job.model == model}

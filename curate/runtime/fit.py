@@ -16,6 +16,7 @@ A run that is killed goes on at the shard or layer that is missing. <plan> names
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
@@ -40,6 +41,7 @@ from curate.runtime.memory import free_bytes
 from curate.runtime.output import claim
 from curate.runtime.progress import Progress, say
 from curate.runtime.reader import ReaderSpec, read_pieces
+from curate.runtime.run_note import StageNote, begin
 from curate.runtime.stage import StageResult
 
 PARTIAL_BYTES = 16 << 30  # of all shards' sums together; large models get larger shards
@@ -116,7 +118,8 @@ def fit(
     claim(storage.join(spec.url, "recipe.json"), recipe, spec.url)
     layers, coverage = _surveyed(spec, crew)
     say_coverage(coverage)
-    whole = Progress("fit", min(manifest.rows, spec.curvature.examples))
+    began = time.monotonic()
+    begin(StageNote("fit", 1, "fits", places={"factors": spec.url}, marker=INDEX))
     shards = _shards(spec, manifest, layers)
     work = storage.join(spec.url, "work", plan_digest(shards))
     kind = spec.curvature.kind
@@ -137,10 +140,11 @@ def fit(
     index = FactorIndex(recipe.digest, dict(model), spec.curvature, tuple(layers), coverage, rows, tokens)
     save_index(spec.url, index)
     partials.remove(storage.join(spec.url, "work"))
+    storage.remove_stale_temps(spec.url)  # of actors that were killed and replaced
     if bad:
         say(f"fit: {bad} of {rows + bad} sampled rows cannot be used and are left out")
-    say(f"factors: fitted and kept at {spec.url}", rows=rows, tokens=tokens, seconds=f"{whole.seconds:.1f}")
-    return index, StageResult(rows, 0, bad, tokens, whole.seconds)
+    say(f"factors: fitted and kept at {spec.url}", rows=rows, tokens=tokens, seconds=f"{time.monotonic() - began:.1f}")
+    return index, StageResult(rows, 0, bad, tokens, time.monotonic() - began)
 
 
 def say_coverage(coverage: Coverage) -> None:

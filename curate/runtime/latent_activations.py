@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curate.concepts.latent_rows import LatentRows, latent_rows
+from curate.concepts.latent_rows import LatentRows, Statistic, Tokens, latent_rows
 from curate.concepts.sae import SAE, digest, encode
 from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
@@ -46,8 +46,6 @@ from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
 from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
 
-Tokens = Literal["response", "all"]
-Statistic = Literal["max", "mean"]
 _CELLS = 1 << 26  # tokens × latents of one encoding: a quarter of a GB in float32
 _LISTS = {"latents": pa.int32(), "mean": pa.float32(), "max": pa.float32(), "peak": pa.int32()}
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from curate.concepts.latent_rows import Statistic, Tokens
 from curate.errors import ConfigError
 from curate.evaluation.separating import Direction
-from curate.runtime.latent_activations import Statistic, Tokens
 from curate.selection.groups import Aggregate, GroupMode
 
 

@@ -27,7 +27,8 @@ class SourceSpec:
     skip_broken_shards: bool
 
 
-def _scan(job: tuple[Connector, FileInfo, int]) -> tuple[FileEntry, list[Unit]] | str:
+def scan(job: tuple[Connector, FileInfo, int]) -> tuple[FileEntry, list[Unit]] | str:
+    """One file's entry and units, or why it is broken."""
     connector, info, unit_rows = job
     try:
         return connector.scan(info, unit_rows)
@@ -70,7 +71,7 @@ def build_manifest(
         units: list[Unit] = []
         skipped: list[str] = []
         jobs = [(connector, i, spec.unit_rows) for i in infos]
-        for n, found in enumerate(map_tasks(_scan, jobs), 1):
+        for n, found in enumerate(map_tasks(scan, jobs), 1):
             progress(n, len(jobs))
             if isinstance(found, str):
                 if not spec.skip_broken_shards:

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 
 from connectors import storage
 from curate.corpus.chunk import Quarantined
-from curate.corpus.coverage import Part, check_whole, gaps, parse_part, part_name
+from curate.corpus.coverage import Covered, Part, check_whole, parse_part, part_name, unit_name
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest, Unit
 from curate.errors import RecipeError, StorageError
+from curate.runtime.events import note
 
 
 def read_recipe(url: str, place: str) -> Recipe | None:
@@ -34,7 +35,8 @@ def read_recipe(url: str, place: str) -> Recipe | None:
 
 
 def claim(url: str, recipe: Recipe, place: str) -> None:
-    """Write `recipe` to `url`, or check that it is the one that is there; `place` is what the user is told.
+    """Write `recipe` to `url`, or check that it is the one that is there, and remove the half files that killed writers
+    left below `place`, the folder of the product, which is what the user is told.
 
     Raises:
         RecipeError: another recipe is there. StorageError: the place cannot be written.
@@ -42,6 +44,7 @@ def claim(url: str, recipe: Recipe, place: str) -> None:
     stored = read_recipe(url, place)
     if stored is not None:
         recipe.refuse_other(stored, place)
+        storage.remove_stale_temps(place)
         return
     storage.check_writable(place)
     storage.write_atomic(url, recipe.to_json())
@@ -58,7 +61,7 @@ class Output:
         return storage.join(self.url, "recipe.json")
 
     def open(self, recipe: Recipe) -> None:
-        """Claim the place for `recipe`, or go on with what an earlier run left, less the half files of a killed one.
+        """Claim the place for `recipe`, or go on with what an earlier run left.
 
         Raises:
             RecipeError: the place holds the product of another recipe; names the fields that differ.
@@ -69,7 +72,6 @@ class Output:
                 f"{self.url} holds parts but no recipe.json, so nobody can say what they are; remove them"
             )
         claim(self.recipe_url, recipe, self.url)
-        storage.remove_stale_temps(self.url)
 
     def recipe(self) -> Recipe | None:
         """The stored recipe, or None where nothing was made yet."""
@@ -93,10 +95,12 @@ class Output:
         done: dict[str, list[tuple[int, int]]] = {}
         for p in self.parts():
             done.setdefault(p.key, []).append((p.start, p.stop))
+        covered = {key: Covered(ranges) for key, ranges in done.items()}
+        nothing = Covered([])
         out = []
         for unit in manifest.units:
-            have = [r for r in done.get(unit.key, []) if r[1] > unit.start and r[0] < unit.stop]
-            ranges = [g for a, b in unit.ranges() for g in gaps(a, b, have)]
+            have = covered.get(unit.key, nothing)
+            ranges = [g for a, b in unit.ranges() for g in have.gaps(a, b)]
             if ranges:
                 out.append((unit, ranges))
         return out
@@ -117,23 +121,34 @@ class Output:
         pq.write_table(table, sink, compression="zstd")
         name = part_name(part.key, part.start, part.stop, "parquet")
         storage.write_atomic(storage.join(self.url, "parts", name), sink.getvalue().to_pybytes())
+        note("committed", unit=unit_name(part.key, part.start, part.stop), rows=table.num_rows, bad=len(bad))
 
     def quarantined(self) -> Iterator[tuple[str, Quarantined]]:
         """All quarantined rows of committed parts as (key, row)."""
         done = self.parts()
         for part, url in sorted(self._urls("quarantine").items()):
             if part in done:  # else its writer was killed before the part itself was written
-                yield from ((part.key, q) for q in _read_quarantine(url))
+                yield from ((part.key, q) for q in read_quarantine(url))
 
     def quarantine_of(self, key: str) -> list[Quarantined]:
         """Quarantined rows of one source file."""
         urls = sorted(self._urls("quarantine", key).items())
-        return [q for _, u in urls for q in _read_quarantine(u)]
+        return [q for _, u in urls for q in read_quarantine(u)]
 
 
-def _read_quarantine(url: str) -> list[Quarantined]:
+def read_quarantine(url: str) -> list[Quarantined]:
+    """The rows of one quarantine file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     # Not splitlines(): an excerpt may hold U+2028 and other characters at which that would cut.
-    return [Quarantined(**json.loads(line)) for line in storage.read_text(url).split("\n") if line]
+    try:
+        return [Quarantined(**json.loads(line)) for line in storage.read_text(url).split("\n") if line]
+    except (ValueError, TypeError) as e:
+        raise StorageError(
+            f"{url} cannot be read ({e}); remove it, and the part of the same name, and run again"
+        ) from None
 
 
 def read_part(url: str, columns: Sequence[str] | None = None) -> pa.Table:

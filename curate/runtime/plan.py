@@ -239,7 +239,7 @@ def _flops(spec: PlanSpec, needs: Needs, rendered: Sequence[Rendered], deepest: 
     if not needs.model:
         return 0.0
     model = spec.reader.model
-    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=model.trust_remote_code)
+    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
     cost = forward_cost(config)
     lengths = [r.stop for r in rendered]
     loss_tokens = sum(r.end - r.start for r in rendered) if needs.gradients else 0

@@ -1,38 +1,24 @@
-"""Progress of long work: one line every few seconds, and a bar on a terminal. Also counters for Ray's metrics.
+"""Progress of long work: one line every few seconds, and a bar on a terminal. Also what Ray's metrics count, and the
+note that `curate status` reads.
 
-Lines go to stderr, as text, or as JSON with CURATE_LOG=json.
+Lines go to stderr, as text, or as JSON with CURATE_LOG=json (see events.py).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import sys
 import time
 from typing import Any
 
-from ray.util import metrics
 from tqdm import tqdm
 
+from curate.runtime import events, metrics, run_note
+from curate.runtime.events import say
+from curate.runtime.run_note import StageNote
+
+__all__ = ["EVERY_SECONDS", "Progress", "say", "show_log"]
+
 EVERY_SECONDS = 5.0
-
-
-def say(message: str, **fields: Any) -> None:
-    """One event for the person or the log collector who reads stderr."""
-    if os.environ.get("CURATE_LOG") == "json":
-        event = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": message, **fields}
-        print(json.dumps(event, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
-    else:
-        tail = "".join(f" {k}={v}" for k, v in fields.items())
-        tqdm.write(f"{message}{tail}", file=sys.stderr)
-
-
-class _Said(logging.Handler):
-    """The library's own log, said like everything else."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage() if record.levelno < logging.WARNING else f"WARNING: {record.getMessage()}")
 
 
 def show_log() -> None:
@@ -40,40 +26,49 @@ def show_log() -> None:
     from transformers.utils import logging as transformers_logging  # seconds; tasks that only move rows come here too
 
     transformers_logging.disable_progress_bar()
-    library = logging.getLogger("curate")
-    if not library.handlers:
-        library.addHandler(_Said())
-        library.setLevel(logging.INFO)
+    events.listen()
 
 
 class Progress:
-    """Counts rows (or what `unit` says) of one stage. `already` of them were done by an earlier run."""
+    """Counts rows (or what `unit` says) of one stage. `already` of them were done by an earlier run; `place`: the
+    output whose parts they are, where that is what the stage makes; `items`: units of work that are still to do."""
 
-    def __init__(self, stage: str, total: int, already: int = 0, unit: str = "rows") -> None:
+    def __init__(
+        self, stage: str, total: int, already: int = 0, unit: str = "rows", place: str | None = None, items: int = 0
+    ) -> None:
         self.stage, self.total, self.rows, self.tokens, self.bad = stage, total, already, 0, 0
-        self.already, self.unit = already, unit
+        self.already, self.unit, self.items = already, unit, items
         self.began = self._said = time.monotonic()
-        terminal = sys.stderr.isatty() and os.environ.get("CURATE_LOG") != "json"
+        self._flops = self._could = 0.0  # since the last line: done, and possible in the same time
+        terminal = sys.stderr.isatty() and not events.as_json()
         self._bar = tqdm(total=total, initial=already, desc=stage, unit=unit.rstrip("s")) if terminal else None
-        tags = ("stage",)
-        self._rows = metrics.Counter("curate_rows", "Rows done", tags)
-        self._tokens = metrics.Counter("curate_tokens", "Tokens through the model", tags)
-        self._bad = metrics.Counter("curate_quarantined", "Rows quarantined", tags)
+        self._before = events.set_stage(stage)
+        self.note = run_note.begin(StageNote(stage, total, unit, already, place=place))
+        metrics.level("curate_queue", items, stage)
         if already:
-            say(f"{stage}: resuming", **{f"{unit}_done": already, f"{unit}_left": total - already})
+            say(f"{stage}: resuming", None, **{f"{unit}_done": already, f"{unit}_left": total - already})
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def add(self, rows: int, tokens: int = 0, bad: int = 0) -> None:
-        """Another committed range."""
+    def add(
+        self, rows: int, tokens: int = 0, bad: int = 0, flops: float = 0.0, busy: float = 0.0, peak: float | None = None
+    ) -> None:
+        """Another committed range, of `flops` in `busy` seconds of a worker whose device can do `peak` FLOP/s."""
         self.rows += rows
         self.tokens += tokens
         self.bad += bad
-        for counter, n in ((self._rows, rows), (self._tokens, tokens), (self._bad, bad)):
-            if n:
-                counter.inc(n, {"stage": self.stage})
+        self.items = max(0, self.items - 1)
+        self.note.done, self.note.tokens, self.note.bad = self.rows, self.tokens, self.bad
+        counted = {"curate_rows": rows, "curate_tokens": tokens, "curate_quarantined": bad, "curate_flops": flops}
+        for name, n in counted.items():
+            metrics.count(name, n, self.stage)
+        metrics.level("curate_queue", self.items, self.stage)
+        metrics.flush()
+        if peak:
+            self._flops += flops
+            self._could += busy * peak
         if self._bar is not None:
             self._bar.update(rows)
         elif time.monotonic() - self._said >= EVERY_SECONDS:
@@ -89,11 +84,25 @@ class Progress:
             tokens=self.tokens,
             quarantined=self.bad,
             left=f"{left:.0f}s",
+            **self._share(),
         )
+
+    def _share(self) -> dict[str, Any]:
+        """The share of the devices' peak since the last line, where it is known."""
+        if not self._could:
+            return {}
+        share = self._flops / self._could
+        metrics.level("curate_share_of_peak", share, self.stage)
+        self._flops = self._could = 0.0
+        return {"peak": f"{share:.1%}"}
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         rate = (self.rows - self.already) / max(self.seconds, 1e-9)
         done: dict[str, Any] = {self.unit: self.rows}
-        say(f"{self.stage}: done", **done, seconds=f"{self.seconds:.1f}", rate=f"{rate:.1f}/s")
+        say(f"{self.stage}: done", **done, seconds=f"{self.seconds:.1f}", rate=f"{rate:.1f}/s", **self._share())
+        self.note.ended = time.time()
+        metrics.flush()
+        metrics.level("curate_queue", 0, self.stage)
+        events.set_stage(self._before)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from connectors import registry
 from connectors.base import Row
 from curate.corpus.chunk import Chunk, Quarantined
+from curate.corpus.coverage import unit_name
 from curate.corpus.example import ColumnMap, Example, to_example
 from curate.corpus.render import Rendered, Renderer
 from curate.corpus.units import Unit
 from curate.errors import BadRow
 from curate.models.load import ModelSpec, load_tokenizer
+from curate.runtime.events import about
 from curate.runtime.output import Output, read_part
 from curate.runtime.stage import work_items
 
@@ -71,7 +73,14 @@ def read_chunks(item: bytes, spec: ReaderSpec) -> Iterator[bytes]:
     connector = registry.connectors()[spec.format]
     renderer = _renderer(spec.model, spec.max_tokens, spec.overlong)
     ranges = [(a, b) for a, b in job["ranges"]]
-    for start, stop, rows in connector.read(unit, spec.columns.used(), ranges):
+    with about(unit_name(unit.key, unit.start, unit.stop)):
+        yield from _chunks(unit, connector.read(unit, spec.columns.used(), ranges), spec, renderer)
+
+
+def _chunks(
+    unit: Unit, found: Iterable[tuple[int, int, Iterable[Row]]], spec: ReaderSpec, renderer: Renderer
+) -> Iterator[bytes]:
+    for start, stop, rows in found:
         own = own_responses(spec.generations, unit.key, start, stop) if spec.generations else {}
         examples, rendered, responses, bad = [], [], [], []
         for row in rows:

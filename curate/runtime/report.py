@@ -202,7 +202,8 @@ def write_report(
     columns = tuple(dict.fromkeys([column, *scores.columns]))
     labels: np.ndarray | None = None
     if scores.labels is not None and scores.labels.null_count < len(scores.labels):
-        labels = np.asarray([x or "" for x in scores.labels.to_pylist()])
+        words = np.array([*(x or "" for x in scores.labels.dictionary.to_pylist()), ""], dtype=object)
+        labels = words[scores.labels.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
     positive = spec.positive_label if labels is not None else None
     if positive is not None and labels is not None and positive not in set(labels.tolist()):
         say(

@@ -26,6 +26,7 @@ from curate.runtime.activation_store import Activations, held_out_rows
 from curate.runtime.crew import Crew
 from curate.runtime.output import claim, read_parts
 from curate.runtime.progress import say
+from curate.runtime.run_note import StageNote, begin
 from curate.runtime.select import file_spans
 from curate.runtime.session import Session
 from curate.runtime.tokens import TokenRows
@@ -34,7 +35,7 @@ from curate.training.activation_batches import ActivationBatches, Shard
 from curate.training.rows import PART_COLUMNS, load_rows
 from curate.training.sae_rows import RowSteps
 from curate.training.sae_settings import SaeSettings
-from curate.training.sae_trainer import SaeIdentity, Steps, StoredSteps, finished, train_sae
+from curate.training.sae_trainer import DONE, SaeIdentity, Steps, StoredSteps, finished, train_sae
 from curate.training.scratch import scratch
 
 # Settings that do not change a layer's SAE.
@@ -116,9 +117,11 @@ def train_layers(specs: Sequence[SaeSpec], session: Session) -> dict[int, dict[s
         say("sae: resuming", layers_done=len(out), layers_left=len(todo))
     for spec in todo:
         claim(storage.join(spec.url, "recipe.json"), spec.recipe, spec.url)
-        storage.remove_stale_temps(spec.url)
     if not todo:
         return out
+    begin(
+        StageNote("sae", len(specs), "layers", len(out), places={f"layer {s.layer}": s.url for s in specs}, marker=DONE)
+    )
     make = partial(_Trainer, max(1, round(session.scorers.cpus)))
     watched = {f"layer {spec.layer}": spec.url for spec in todo}
     with Crew(make, session.scorers) as crew, Watch(lambda: dict(watched), _say_lines):

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 
 from curate.concepts.concept import Concept
 from curate.corpus.chunk import Chunk, Quarantined
-from curate.corpus.coverage import Part
+from curate.corpus.coverage import Part, unit_name
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
 from curate.models.load import ModelSpec, load_model
+from curate.models.peak import device_peak
+from curate.runtime.events import about
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
@@ -67,7 +69,9 @@ def load_models(
 class ScoreWorker:
     """One actor: a model on its device, all scorers prepared, a chunk in, a committed part out."""
 
-    def __init__(self, spec: ScoreSpec, concepts: Any, vectors: Any, threads: int) -> None:
+    def __init__(
+        self, spec: ScoreSpec, concepts: Any, vectors: Any, threads: int, peak_tflops: float | None = None
+    ) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         self.scorers = make_scorers(spec.scorers, fetch(concepts), test_vectors=from_store(fetch(vectors)))
@@ -75,6 +79,8 @@ class ScoreWorker:
         model, tuned = load_models(needs, spec.reader.model, spec.tuned)
         budget, gradients = spec.token_budget, spec.gradient_token_budget
         self.shared = SharedPass(model, self.scorers, budget, tuned=tuned, gradient_tokens=gradients)
+        used = tuned if model is None else model
+        self.peak = None if used is None else device_peak(used.device, used.dtype, peak_tflops)
         self.columns = self.shared.columns()
         # Methods that read the base model's own response leave a gap where none was generated; others never may.
         self.partial = {c for s in self.scorers if s.needs().generated for c in s.columns()}
@@ -82,6 +88,10 @@ class ScoreWorker:
     def __call__(self, item: bytes) -> bytes:
         began = time.perf_counter()
         chunk = Chunk.from_bytes(item)
+        with about(unit_name(chunk.key, chunk.start, chunk.stop)):
+            return self._score(chunk, began)
+
+    def _score(self, chunk: Chunk, began: float) -> bytes:
         try:
             own = [o[1] if o else None for o in chunk.own]
             found = self.shared.run(chunk.examples, chunk.rendered, own)
@@ -103,6 +113,7 @@ class ScoreWorker:
             "tokens": found.stats.tokens,
             "flops": found.stats.flops,
             "seconds": time.perf_counter() - began,
+            "peak": self.peak,
             "rss": psutil.Process().memory_info().rss,
         }
         return json.dumps(summary).encode()
@@ -126,8 +137,10 @@ class ScoreWorker:
         return pa.table({**base, **own})
 
 
-def _worker(spec: ScoreSpec, concepts: Any, vectors: Any, threads: int) -> Callable[[bytes], bytes]:
-    return ScoreWorker(spec, concepts, vectors, threads)
+def _worker(
+    spec: ScoreSpec, concepts: Any, vectors: Any, threads: int, peak_tflops: float | None
+) -> Callable[[bytes], bytes]:
+    return ScoreWorker(spec, concepts, vectors, threads, peak_tflops)
 
 
 def score(
@@ -145,7 +158,7 @@ def score(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     refs = put(list(concepts)), put(load_arrays(spec.test_vectors))  # kept here while actors may be replaced
-    make = partial(_worker, spec, *refs, max(1, round(session.scorers.cpus)))
+    make = partial(_worker, spec, *refs, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "score", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction

@@ -32,12 +32,13 @@ from curate.selection.select import Decision
 
 @dataclass(frozen=True)
 class Scores:
-    """Score columns by global row: file after file in manifest order. NaN = no score."""
+    """Score columns by global row: file after file in manifest order. NaN = no score. Groups and labels: each text
+    once, null where a row has none."""
 
     columns: dict[str, np.ndarray]
     spans: dict[str, tuple[int, int]]
-    groups: pa.Array | None = None
-    labels: pa.Array | None = None
+    groups: pa.DictionaryArray | None = None
+    labels: pa.DictionaryArray | None = None
 
     @property
     def rows(self) -> int:
@@ -82,8 +83,8 @@ def load_scores(
     spans = file_spans(manifest)
     n = max((b for _, b in spans.values()), default=0)
     arrays = {c: np.full(n, np.nan) for c in columns}
-    texts = {name: np.full(n, None, dtype=object) for name, on in (("group", groups), ("label", labels)) if on}
-    wanted = ["row", *columns, *texts]
+    words = {name: _Words(n) for name, on in (("group", groups), ("label", labels)) if on}
+    wanted = ["row", *columns, *words]
     parts = [(p, u) for p, u in parts if p.key in spans]
     for (part, _), table in zip(parts, read_parts([u for _, u in parts], wanted), strict=True):
         a, b = spans[part.key]
@@ -91,10 +92,31 @@ def load_scores(
         inside = at < b
         for c in columns:
             arrays[c][at[inside]] = table[c].to_numpy(zero_copy_only=False)[inside]
-        for name, values in texts.items():
-            values[at[inside]] = np.asarray(table[name].to_pylist(), dtype=object)[inside]
-    made = {name: pa.array(v, pa.string()) for name, v in texts.items()}
+        for name, texts in words.items():
+            texts.put(at[inside], table[name].filter(pa.array(inside)))
+    made = {name: texts.array() for name, texts in words.items()}
     return Scores(arrays, spans, made.get("group"), made.get("label"))
+
+
+class _Words:
+    """Texts by global row, few of them different, as four bytes a row and each text once."""
+
+    def __init__(self, rows: int) -> None:
+        self.codes = np.full(rows, -1, dtype=np.int32)
+        self.known: dict[str, int] = {}
+
+    def put(self, at: np.ndarray, texts: pa.ChunkedArray) -> None:
+        """The texts of the rows `at`."""
+        found = texts.combine_chunks().cast(pa.string()).dictionary_encode()
+        codes = [self.known.setdefault(word, len(self.known)) for word in found.dictionary.to_pylist()]
+        local = found.indices.fill_null(len(codes)).to_numpy(zero_copy_only=False)
+        self.codes[at] = np.array([*codes, -1], dtype=np.int32)[local]
+
+    def array(self) -> pa.DictionaryArray:
+        """One text a row; null where none was put."""
+        return pa.DictionaryArray.from_arrays(
+            pa.array(self.codes, mask=self.codes < 0), pa.array(list(self.known), pa.string())
+        )
 
 
 @dataclass(frozen=True)
@@ -166,6 +188,7 @@ def select(
     """
     _claim(spec, recipe)
     storage.check_writable(spec.curated)
+    storage.remove_stale_temps(spec.curated)
     ref = put((decision.keep, scores.columns[spec.column], decision.rank, decision.quantile))
     todo = [f for f in manifest.files if f.rows and not storage.exists(_ledger_url(spec, f.key))]
     done = manifest.rows - sum(b - a for a, b in (scores.spans[f.key] for f in todo))
@@ -195,7 +218,7 @@ def _claim(spec: SelectSpec, recipe: Recipe) -> None:
     claim(url, recipe, spec.ledger)
 
 
-def label_counts(labels: pa.Array, mask: np.ndarray) -> dict[str, int]:
+def label_counts(labels: pa.DictionaryArray, mask: np.ndarray) -> dict[str, int]:
     """Rows of each label where `mask` is true."""
     counts = pc.value_counts(labels.filter(pa.array(mask)))
     return {str(c["values"]): int(c["counts"]) for c in counts.to_pylist() if c["values"] is not None}

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from curate.errors import ConfigError
+from curate.runtime import metrics
 from curate.runtime.cluster import ClusterSpec
 from curate.runtime.inline import inline
 from curate.runtime.scaling import at_least
@@ -48,7 +49,7 @@ class Readers:
 @dataclass(frozen=True)
 class Session:
     """What the running cluster offers, as pools. Padded tokens of a batch: `token_budget` of a forward pass,
-    `gradient_token_budget` where gradients are taken."""
+    `gradient_token_budget` where gradients are taken. `peak_tflops`: what a worker's device can do, None: measure."""
 
     scorers: Pool
     engines: Pool
@@ -56,6 +57,7 @@ class Session:
     token_budget: int
     gradient_token_budget: int
     hosts: int
+    peak_tflops: float | None = None
 
 
 @contextmanager
@@ -132,14 +134,14 @@ def _session(spec: ClusterSpec) -> Session:
     hosts = len({n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]})
     # A reader keeps several GPUs busy; on CPUs it would take from the scorers what it gives them.
     readers = Readers(spec.readers or max(1, size if gpus else size // 2), spec.reader_cpus)
-    return Session(scorers, engines, readers, *budgets, hosts)
+    return Session(scorers, engines, readers, *budgets, hosts, spec.peak_tflops)
 
 
 def _here(spec: ClusterSpec) -> Session:
     """This process as a pool of one."""
     gpus = float(torch.cuda.device_count() > 0)
     pool = Pool(1, float(spec.cpus or psutil.cpu_count(logical=False) or 1), gpus)
-    return Session(pool, pool, Readers(1, 0.0), *_budgets(spec, gpus), 1)
+    return Session(pool, pool, Readers(1, 0.0), *_budgets(spec, gpus), 1, spec.peak_tflops)
 
 
 def _budgets(spec: ClusterSpec, gpus: float) -> tuple[int, int]:
@@ -164,6 +166,7 @@ def session(spec: ClusterSpec) -> Iterator[Session]:
     mine = not ray.is_initialized()
     if mine:
         _start(spec)
+        metrics.renew()
     try:
         data = ray.data.DataContext.get_current()
         data.enable_progress_bars = False

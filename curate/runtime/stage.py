@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from connectors import storage
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest, Unit
 from curate.errors import CorpusError
@@ -55,7 +56,8 @@ def run_units(
 
     Args:
         make_worker: runs in each actor's constructor, see `stream`.
-        told: called with each worker's answer: rows, bad, tokens, rss, and what else the worker says.
+        told: called with each worker's answer: rows, bad, tokens, rss; flops, the seconds they took and the FLOP/s
+            that its device can do (peak), where it knows them; and what else the worker says.
 
     Raises:
         RecipeError: the output holds another recipe's product.
@@ -64,27 +66,29 @@ def run_units(
     output.open(recipe)
     remaining = output.remaining(manifest)
     chunks = [b - a for _, ranges in remaining for a, b in ranges]
-    left = sum(chunks)
-    progress = Progress(stage, manifest.rows, manifest.rows - left)
+    left, rows = sum(chunks), manifest.rows  # once: it is a sum over all units
+    progress = Progress(stage, rows, rows - left, place=output.url, items=len(chunks))
     before = count_bad(output, manifest)
     peak = 0
 
     def refuse_too_many() -> None:
-        if before + progress.bad > max_bad_fraction * manifest.rows:
-            raise too_many_bad(output, before + progress.bad, manifest.rows, max_bad_fraction)
+        if before + progress.bad > max_bad_fraction * rows:
+            raise too_many_bad(output, before + progress.bad, rows, max_bad_fraction)
 
     refuse_too_many()
     if remaining:
         for answer in stream(work_items(remaining), make_worker, pool, read, readers, len(chunks)):
             done = json.loads(answer)
-            progress.add(done["rows"], done["tokens"], done["bad"])
+            work = done.get("flops", 0.0), done.get("seconds", 0.0), done.get("peak")
+            progress.add(done["rows"], done["tokens"], done["bad"], *work)
             peak = max(peak, done["rss"])
             told(done)
             refuse_too_many()
     progress.close()
     output.check_whole(manifest)
+    storage.remove_stale_temps(output.url)  # of actors that were killed and replaced
     bad = before + progress.bad
-    return StageResult(left, manifest.rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
+    return StageResult(left, rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
 
 
 def count_bad(output: Output, manifest: Manifest) -> int:

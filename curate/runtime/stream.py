@@ -16,6 +16,7 @@ import ray
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
+from curate.runtime import events, metrics
 from curate.runtime.inline import Held, is_inline, run_inline
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool, Readers
@@ -36,13 +37,15 @@ def _row(item: bytes = b"", error: CurateError | None = None) -> dict[str, np.nd
     return {"item": value, "error": np.array(["" if error is None else json.dumps([type(error).__name__, str(error)])])}
 
 
-def _reading(read: Callable[[bytes], Iterator[bytes]]) -> Callable:
+def _reading(read: Callable[[bytes], Iterator[bytes]], scene: events.Scene) -> Callable:
     def step(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        events.enter(scene)
         try:
             for chunk in read(batch["item"][0]):
                 yield _row(chunk)
         except CurateError as e:
             yield _row(error=e)
+        metrics.flush()
 
     return step
 
@@ -50,7 +53,9 @@ def _reading(read: Callable[[bytes], Iterator[bytes]]) -> Callable:
 class _Stage:
     """Calls the worker with one item's bytes and returns its answer."""
 
-    def __init__(self, make: Callable[[], Callable[[bytes], bytes]]) -> None:
+    def __init__(self, make: Callable[[], Callable[[bytes], bytes]], scene: events.Scene) -> None:
+        events.enter(scene)
+        metrics.count("curate_worker_starts", 1)
         self.failed: CurateError | None = None
         try:
             with out_of_memory_in_words():
@@ -68,10 +73,13 @@ class _Stage:
                 return _row(self.work(batch["item"][0]))
         except CurateError as e:
             return _row(error=e)
+        finally:
+            metrics.flush()
 
 
 def _raise(told: str) -> None:
     name, message = json.loads(told)
+    metrics.error(name)
     raise getattr(errors, name, CurateError)(message)
 
 
@@ -119,13 +127,15 @@ def stream(
     )
     if read is not None:
         readers = readers or Readers(1, 0.25)
-        data = data.map_batches(_reading(read), batch_size=1, num_cpus=readers.cpus, concurrency=readers.size)
+        data = data.map_batches(
+            _reading(read, events.scene()), batch_size=1, num_cpus=readers.cpus, concurrency=readers.size
+        )
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to bound the retries, which are endless by default, and warns of the next one.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         data = data.map_batches(
             _Stage,
-            fn_constructor_args=(make_worker,),
+            fn_constructor_args=(make_worker, events.scene()),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
             num_cpus=pool.cpus,
@@ -157,9 +167,15 @@ def map_tasks(fn: Callable[[Any], Any], items: Sequence[Any], cpus: float = 0.5)
         yield from map(fn, items)
         return
 
+    scene = events.scene()
+
     @ray.remote(num_cpus=cpus, max_retries=3)
     def call(item: Any) -> Any:
-        return fn(item)
+        events.enter(scene)
+        try:
+            return fn(item)
+        finally:
+            metrics.flush()
 
     limit = max(4, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
     waiting: list[ray.ObjectRef] = []

@@ -18,13 +18,14 @@ from typing import Any
 import ray
 
 from curate.errors import CurateError, WorkerError
+from curate.runtime import events
 from curate.runtime.accelerators import places
 from curate.runtime.crew import Crew
 from curate.runtime.inline import inline, is_inline
 from curate.runtime.progress import Progress, say
 from curate.runtime.session import Session
 from curate.runtime.stream import worded
-from curate.runtime.train import TrainSpec, Watch, finished, train
+from curate.runtime.train import DONE, TrainSpec, Watch, finished, train
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def run_trainings(specs: Mapping[str, TrainSpec], session: Session, at_once: int
     # The largest first, so that none is left over at the end; largest by the rows it trains on.
     todo.sort(key=lambda key: -_rows(specs[key]))
     progress = Progress("sweep", len(specs), len(out), "trainings")
+    progress.note.places, progress.note.marker = {key: spec.url for key, spec in specs.items()}, DONE
 
     def under_way() -> dict[str, str]:
         # They are begun in this order, so that the first which have not ended are those that run.
@@ -170,8 +172,11 @@ def _try(session: Session, item: _Item) -> _Answer:
 def _tasks(items: Sequence[_Item], session: Session, at_once: int) -> Iterator[_Answer]:
     """Each training in a task that asks for nothing itself: Ray Train gets its workers' share."""
 
+    scene = events.scene()
+
     @ray.remote(num_cpus=0, max_retries=3)
     def one(item: _Item) -> _Answer:
+        events.enter(scene)
         return _try(session, item)
 
     waiting: list[ray.ObjectRef] = []

@@ -84,7 +84,7 @@ def training_cost(
         raise CorpusError(f"none of the sampled rows can be used; the first reason: {reasons[0] if reasons else '–'}")
     lengths = [r.end for r in rendered]
     per_row = float(np.mean(lengths))
-    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=model.trust_remote_code)
+    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
     cost = forward_cost(config)
     of_loss = sum(r.end - max(r.start, 1) for r in rendered)
     forward = cost.flops(lengths, None, of_loss)

@@ -27,6 +27,7 @@ from curate import __version__, errors
 from curate.corpus.recipe import Recipe
 from curate.errors import ConfigError, CurateError, WorkerError
 from curate.models.load import ModelSpec
+from curate.runtime import events
 from curate.runtime.inline import is_inline
 from curate.runtime.output import claim, read_parts
 from curate.runtime.progress import EVERY_SECONDS
@@ -123,7 +124,6 @@ def train(spec: TrainSpec, session: Session, told: Callable[[dict[str, Any]], No
     if done is not None:
         return done
     claim(storage.join(spec.url, "recipe.json"), spec.recipe, spec.url)
-    storage.remove_stale_temps(spec.url)
     heard = Watch(lambda: {"": spec.url}, lambda lines: told(lines[""])) if told is not None else nullcontext()
     if is_inline():
         if spec.training.workers > 1:
@@ -149,6 +149,7 @@ def _work(spec: TrainSpec, threads: int, report: Callable[[dict[str, Any]], None
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train runs in each worker. An error of the user's is not cured by another try: it is written down, and
     workers that Ray Train starts in the place of these find it and end at once."""
+    events.enter(config["scene"])
     spec: TrainSpec = config["spec"]
     failed = storage.join(spec.url, FAILED)
     if storage.exists(failed):
@@ -177,7 +178,7 @@ def _by_ray(spec: TrainSpec, session: Session) -> None:
     with scratch("ray") as notes:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"spec": spec, "threads": max(1, round(pool.cpus))},
+            train_loop_config={"spec": spec, "threads": max(1, round(pool.cpus)), "scene": events.scene()},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(pool.gpus),

@@ -174,7 +174,7 @@ def _group_codes(groups: Any, n: int, rule: Rule) -> tuple[NDArray[np.int64], li
     """A small integer a row and the groups' names, in order of first appearance; all zero without groups."""
     if not rule.per_group:
         return np.zeros(n, dtype=np.int64), None
-    column = None if groups is None else pa.array(groups, from_pandas=True)
+    column = groups if groups is None or isinstance(groups, pa.Array) else pa.array(groups, from_pandas=True)
     if column is None or column.null_count == len(column):
         raise ConfigError("selector.per_group is on, but no row has a group; name the column: source.columns.group=…")
     if len(column) != n:

@@ -34,7 +34,6 @@ def test_command_is_a_job_with_its_options(folder, tmp_path):
     program, job, *options = shlex.split(command)
     assert program == "curate"
     assert job in KNOWN
-    assert job != "submit"
     assert options[:2] == [SEARCH, "experiment=site"]
     found = settings(compose_config(job, [f"hydra.searchpath=[file://{tmp_path}]", *options[1:]]))
     assert found.source.name == "sft"

@@ -7,7 +7,8 @@ import re
 
 import yaml
 
-from tests.deploy.rendered import KUBERNETES, ROOT, objects, one
+from curate.runtime import metrics
+from tests.deploy.rendered import KUBERNETES, objects, one
 
 # As exported by Ray 2.60's node agents, KubeRay 1.7's operator and kube-state-metrics.
 OTHERS = {
@@ -23,11 +24,9 @@ OTHERS = {
 
 
 def ours() -> set[str]:
-    """What a Counter of the code is called at the exporter: ray_<name>_total."""
-    found = set()
-    for path in (ROOT / "curate/runtime").glob("*.py"):
-        found |= {f"ray_{n}_total" for n in re.findall(r"metrics\.Counter\(\s*\"(\w+)\"", path.read_text())}
-    return found
+    """What the code's metrics are called at the exporter: ray_<name>_total of a counter, ray_<name> of a gauge."""
+    counters = {f"ray_{n}_total" for n in (*metrics.COUNTERS, metrics.ERRORS)}
+    return counters | {f"ray_{n}" for n in metrics.GAUGES}
 
 
 def asked(expression: str) -> set[str]:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate.runtime.status import read_status
 from jobs.app import compose_config, run
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def run_job(job: str, overrides: list[str]) -> None:
 
     if HERE:
         overrides = inline(overrides)
-    run(compose_config(job, overrides), importlib.import_module(f"jobs.{job}").stages)
+    run(compose_config(job, overrides), importlib.import_module(f"jobs.{job}").stages, job)
 
 
 def command(job: str, overrides: list[str], **env: str) -> subprocess.Popen[str]:
@@ -67,6 +69,13 @@ def command(job: str, overrides: list[str], **env: str) -> subprocess.Popen[str]
         text=True,
         start_new_session=True,
     )
+
+
+def complete(sink: Path | str) -> dict[str, tuple[int, int | None]]:
+    """{stage: (done, total)} as `curate status` tells it of a sink that is complete."""
+    found = read_status(str(sink), time.time())
+    assert found.state == "complete", found
+    return {s.stage: (s.done, s.total) for run in found.runs for s in run.stages}
 
 
 def parts(sink: Path | str) -> dict[str, pa.Table]:

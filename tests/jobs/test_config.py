@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from importlib import resources
 
 import pytest
@@ -57,7 +59,7 @@ def test_every_choice_composes(group, choice, monkeypatch):
     assert found.source.unit_rows > 0
 
 
-@pytest.mark.parametrize("job", sorted(set(JOBS) - {"submit"}))
+@pytest.mark.parametrize("job", sorted(JOBS))
 def test_every_job_composes(job):
     assert settings(compose_config(job, [])).source.name == "demo"
 
@@ -94,3 +96,15 @@ def test_a_plan_is_refused_where_it_would_be_ignored(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         jobs.fit.main()
     assert "plan=true is for run, retrain" in capsys.readouterr().err
+
+
+def test_a_config_is_checked_before_any_heavy_import():
+    """`curate submit` needs no more than this: seconds and half a gigabyte less."""
+    given = ["source=files", "source.url=s3://b/x", "sink.url=/o", "sink.store=/s"]
+    code = (
+        "import sys, jobs.submit\n"
+        f"jobs.submit.prepared('score', {given}, False)\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

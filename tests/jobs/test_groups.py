@@ -14,7 +14,7 @@ from curate.concepts import concept as concept_files
 from curate.concepts import sae_files
 from curate.errors import ConceptError, ConfigError, RecipeError
 from tests.conftest import write_jsonl
-from tests.jobs.helpers import curated, ledger, options, run_job, scores
+from tests.jobs.helpers import complete, curated, ledger, options, run_job, scores
 from tests.saes import planted_sae, random_sae
 
 N, LATENT, MARK = 40, 11, "~"
@@ -132,6 +132,8 @@ def test_removing_the_group_of_the_planted_latent_removes_exactly_the_bad_rows(g
     table = pq.read_table(tmp_path / "out" / "groups.parquet").to_pylist()
     assert [r["place"] for r in table] == list(range(1, len(table) + 1))
     assert table[0]["members.marked"] == len(BAD)
+    stages = complete(tmp_path / "out")
+    assert stages["latents"] == stages["select"] == stages["score"] == (len(ROWS), len(ROWS))
 
 
 def test_a_second_run_uses_what_the_first_one_made(given, tmp_path):

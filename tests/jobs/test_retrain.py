@@ -9,7 +9,7 @@ import pytest
 import curate.runtime.sweep as sweep
 from curate.errors import ConfigError, RecipeError, TrainingError, WorkerError
 from tests.conftest import write_jsonl
-from tests.jobs.helpers import run_job
+from tests.jobs.helpers import complete, run_job
 from tests.jobs.sweeping import ROWS, numbers, planted, row, table, trained
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -37,6 +37,9 @@ def test_the_right_ranking_lowers_and_raises_the_behaviour_and_chance_does_neith
     assert "response_length  remove_most" in said.out
     page = (tmp_path / "out" / "retrain.html").read_text()
     assert "remove_most" in page or "remove most" in page
+    stages = complete(tmp_path / "out")
+    assert stages["sweep"] == (8, 8)
+    assert stages["score"] == (ROWS, ROWS)
 
 
 def test_a_second_sweep_trains_only_what_is_missing(tmp_path, model, capsys):

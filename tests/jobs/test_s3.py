@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import time
@@ -30,6 +31,14 @@ def keys(client, bucket: str, prefix: str) -> list[str]:
     return [o["Key"] for page in pages for o in page.get("Contents", [])]
 
 
+def seen(url: str, endpoint) -> tuple[int, dict]:
+    """Exit status of `curate status`, as on another machine, and the first stage it tells of."""
+    process = command("status", [url, "--json"], **endpoint.environment)
+    out, err = process.communicate(timeout=60)
+    assert out, err
+    return process.returncode, json.loads(out)["runs"][0]["stages"][0]
+
+
 def test_the_main_job_on_s3_survives_a_kill(endpoint, model, tmp_path):
     bucket, client = "curate-test", endpoint.client()
     endpoint.bucket(bucket)
@@ -50,12 +59,17 @@ def test_the_main_job_on_s3_survives_a_kill(endpoint, model, tmp_path):
     first.communicate()
     done = len(keys(client, bucket, "out/scores/parts/"))
     assert 3 <= done < ROWS // 10
+    status, half = seen(f"s3://{bucket}/out", endpoint)
+    assert (status, half["stage"], half["done"], half["total"]) == (1, "score", 10 * done, ROWS)
+    assert half["rate"] > 0
 
     again = command("run", remote, **endpoint.environment)
     out, err = again.communicate(timeout=400)
     assert again.returncode == 0, err
     assert "rows_done=" in err
     assert f"s3://{bucket}/out/report.html" in out
+    status, whole = seen(f"s3://{bucket}/out", endpoint)
+    assert (status, whole["done"]) == (0, ROWS)
 
     run_job("run", inline(options(tmp_path / "corpus", model, tmp_path / "out")))
     root = "out/scores/parts/"

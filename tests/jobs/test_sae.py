@@ -23,7 +23,7 @@ from curate.training import sae_trainer
 from curate.training.sae_settings import SaeSettings
 from tests.adapters import save_adapter
 from tests.conftest import conversation, write_jsonl
-from tests.jobs.helpers import inline, options, run_job
+from tests.jobs.helpers import complete, inline, options, run_job
 
 
 class Given:
@@ -85,6 +85,7 @@ def test_a_layer_is_chosen_and_its_sae_is_in_the_sink(swept, capsys):
     assert row["drop"]["value"] == pytest.approx(row["after"]["value"] - row["before"]["value"], abs=1e-9)
     assert row["explained_variance"] > 0.3
     assert 0 < row["l0"] <= 6
+    assert complete(swept.folder / "out")["evaluate"] == (3, 3)  # the model as it is, and with each layer's SAE
 
 
 def test_the_loss_after_insertion_is_that_of_the_spliced_model(swept):

@@ -21,7 +21,7 @@ from curate.reports.trace_data import loads
 from curate.runtime.output import Output
 from curate.runtime.trace_spec import TraceSettings
 from tests.conftest import write_jsonl
-from tests.jobs.helpers import options, run_job
+from tests.jobs.helpers import complete, options, run_job
 from tests.runtime.tracing import table
 from tests.scoring.latent.setting import random_sae
 from tests.tiny import save_tiny, tiny_model
@@ -176,6 +176,9 @@ def test_scores_are_those_of_a_double_backward_and_a_second_run_finds_everything
     assert {(p["id"], p["item"]): p["score"] for p in pairs} == {k: p["score"] for k, p in found.items()}
     said = capsys.readouterr()
     assert "report: " in said.out
+    stages = complete(tmp_path / "out")
+    assert stages["trace: latents"] == (11, 11)
+    assert stages["trace: items"] == (3, 3)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()}
     # On all that is there: only what is now asked of the items differently is made.
     run_job("trace", given(**{"trace.ks": "[]", "trace.orthogonality_rows": 0}))

@@ -1,0 +1,184 @@
+"""Notices to a real HTTP server on the loopback: signed, repeated, and sent nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from connectors import webhook
+from connectors.webhook import Target, deliver
+from curate.errors import DeliveryError
+
+SECRET, BODY = b"s3cret-of-the-test", b'{"status": "fail"}'
+
+
+class Receiver:
+    """Answers with `answers`, one after the other, the last for ever."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers, self.got, self.headers = list(answers), [], {}
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.got.append((self.path, dict(self.headers), body))
+                code = receiver.answers.pop(0) if len(receiver.answers) > 1 else receiver.answers[0]
+                self.send_response(code)
+                for name, value in receiver.headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def url(self, host: str = "127.0.0.1", path: str = "/hook?token=t0ken") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+
+@pytest.fixture
+def receiver():
+    made = []
+
+    def make(*answers: int) -> Receiver:
+        made.append(Receiver(*answers))
+        return made[-1]
+
+    yield make
+    for r in made:
+        r.server.shutdown()
+        r.server.server_close()
+
+
+def to(url: str, hosts=("127.0.0.1",), **more) -> Target:
+    return Target(url, hosts, more.pop("private", hosts), **{"first_wait": 0.01, "timeout": 5.0, **more})
+
+
+def test_a_notice_is_signed_so_that_the_receiver_can_tell(receiver):
+    r = receiver(200)
+    assert deliver(to(r.url()), SECRET, BODY, "000003-x", clock=lambda: 1_800_000_000.7) == 1
+    ((path, headers, body),) = r.got
+    assert (path, body) == ("/hook?token=t0ken", BODY)
+    assert headers["X-Curate-Timestamp"] == "1800000000"
+    signed = headers["X-Curate-Timestamp"].encode() + b"." + body
+    expected = "v1=" + hmac.new(SECRET, signed, hashlib.sha256).hexdigest()
+    assert hmac.compare_digest(headers["X-Curate-Signature"], expected)
+    assert headers["X-Curate-Delivery"] == "000003-x"
+    assert headers["Host"] == f"127.0.0.1:{r.port}"
+    assert SECRET.decode() not in str(r.got)
+
+
+def test_a_server_that_stumbles_is_asked_again_with_the_same_delivery(receiver):
+    r = receiver(500, 503, 429, 204)
+    assert deliver(to(r.url()), SECRET, BODY, "d") == 4
+    assert [h["X-Curate-Delivery"] for _, h, _ in r.got] == ["d"] * 4
+
+
+def test_it_ends_after_so_many_attempts_and_shows_nothing_secret(receiver):
+    r = receiver(500)
+    with pytest.raises(DeliveryError, match=r"127\.0\.0\.1 answered 500 \(after 3 attempts\)") as e:
+        deliver(to(r.url(), attempts=3), SECRET, BODY, "d")
+    assert len(r.got) == 3
+    assert "t0ken" not in str(e.value)
+
+
+@pytest.mark.parametrize("code", [400, 401, 404, 410])
+def test_a_refusal_is_final(receiver, code):
+    r = receiver(code)
+    with pytest.raises(DeliveryError, match=f"answered {code}"):
+        deliver(to(r.url()), SECRET, BODY, "d")
+    assert len(r.got) == 1
+
+
+def test_redirects_are_not_followed(receiver):
+    target, r = receiver(200), receiver(307)
+    r.headers["Location"] = target.url()
+    with pytest.raises(DeliveryError, match="a redirect, which is not followed"):
+        deliver(to(r.url()), SECRET, BODY, "d")
+    assert target.got == []
+
+
+def test_proxies_of_the_environment_are_not_used(receiver, monkeypatch):
+    proxy, r = receiver(200), receiver(200)
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+    deliver(to(r.url()), SECRET, BODY, "d")
+    assert (len(r.got), len(proxy.got)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (to("https://evil.example/x", ("hooks.example.com",)), r"may not send to evil\.example: add it to"),
+        (to("https://example.com.evil.example/x", ("*.example.com", "example.com")), "may not send to"),
+        (to("https://hooks.example.com@evil.example/x", ("hooks.example.com",)), "holds credentials"),
+        (to("https://user:pw@hooks.example.com/x", ("hooks.example.com",)), "holds credentials"),
+        (to("http://hooks.example.com/x", ("hooks.example.com",), private=()), "by https alone"),
+        (to("ftp://hooks.example.com/x", ("hooks.example.com",)), "scheme 'ftp'"),
+        (to("hooks.example.com/x", ("hooks.example.com",)), "scheme ''"),
+        (to("https://h:99999/", ("h",)), "is no URL"),
+    ],
+)
+def test_addresses_that_are_not_allowed(target, said, monkeypatch):
+    monkeypatch.setattr(webhook.socket, "getaddrinfo", lambda *a, **k: pytest.fail("a name server was asked"))
+    with pytest.raises(DeliveryError, match=said) as e:
+        deliver(target, SECRET, BODY, "d")
+    assert "pw" not in str(e.value).split("allowed")[0].split()
+
+
+def names(monkeypatch, *addresses: str) -> None:
+    """A name server that gives every name these addresses."""
+
+    def answer(host: str, port: int, *_: object, **__: object) -> list:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in addresses]
+
+    monkeypatch.setattr(webhook.socket, "getaddrinfo", answer)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "private", "said"),
+    [
+        (["10.1.2.3"], (), "in a private network"),
+        (["93.184.216.34", "192.168.0.9"], (), r"192\.168\.0\.9, in a private network"),
+        (["127.0.0.1"], (), "in a private network"),
+        (["::1"], (), "in a private network"),
+        (["::ffff:10.0.0.1"], (), "in a private network"),
+        (["100.64.0.1"], (), "in a private network"),
+        (["169.254.169.254"], ("h.example",), "metadata services"),
+        (["0.0.0.0"], ("h.example",), "where no webhook is"),
+    ],
+)
+def test_what_a_name_resolves_to_is_looked_at(monkeypatch, addresses, private, said):
+    names(monkeypatch, *addresses)
+    with pytest.raises(DeliveryError, match=said):
+        deliver(to("https://h.example/x", ("h.example",), private=private), SECRET, BODY, "d")
+
+
+def test_http_is_for_loopback_alone(monkeypatch):
+    names(monkeypatch, "10.1.2.3")
+    with pytest.raises(DeliveryError, match="http is for loopback alone"):
+        deliver(to("http://h.example/x", ("h.example",)), SECRET, BODY, "d")
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_connected_to(receiver, monkeypatch):
+    """A name server that answers otherwise the second time changes nothing."""
+    r = receiver(200)
+    names(monkeypatch, "127.0.0.1")
+    deliver(to(r.url("h.example"), ("h.example",)), SECRET, BODY, "d")
+    ((_, headers, _),) = r.got
+    assert headers["Host"] == f"h.example:{r.port}"
+
+
+def test_a_host_that_is_away_is_told_apart():
+    with pytest.raises(DeliveryError, match=r"127\.0\.0\.1 does not answer \(ConnectError\) \(after 2 attempts\)"):
+        deliver(to("http://127.0.0.1:9/x", attempts=2), SECRET, BODY, "d")

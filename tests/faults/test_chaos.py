@@ -1,0 +1,50 @@
+"""The chaos harness in short: one kill of each kind over scores on two nodes. `make chaos` is the whole of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.chaos.__main__ import Chaos
+from tests.faults.chaos.schedule import Trial
+from tests.faults.chaos.table import markdown
+from tests.faults.chaos.trial import Outcome, redone
+
+PAUSE = 0.04
+
+
+def test_a_seed_is_a_schedule():
+    one, other = Trial(0, "score", "actor", 0), Trial(1, "score", "actor", 0)
+    moments = one.moments(60, 5, PAUSE)
+    assert moments == one.moments(60, 5, PAUSE) != other.moments(60, 5, PAUSE)
+    commits = [m.commits for m in moments]
+    assert commits == sorted(set(commits))
+    assert 0 < commits[0] <= commits[-1] < 59
+    with pytest.raises(ValueError, match="leave no room"):
+        one.moments(6, 5, PAUSE)
+
+
+def test_what_was_begun_again_counts_as_redone(tmp_path):
+    log = tmp_path / "begun"
+    log.write_text("/a/t/out\t1\tx:0-5\n/a/t/out\t2\tx:0-5\n/a/t/out\t2\tx:5-10\n/a/other/out\t1\tx:0-5\n")
+    assert redone(log, Path("/a/t")) == 1
+
+
+def test_the_table_adds_trials_up():
+    a = Outcome("t0", "score", "actor", kills=5, redone=4, allowed=5, gone=1.5, seconds=50).__dict__
+    b = Outcome("t1", "score", "actor", kills=3, lost=1, redone=1, allowed=3, gone=0.5, seconds=30).__dict__
+    (row,) = markdown([a, b]).splitlines()[2:]
+    assert row == "| score | actor | 8 | 1 | 0 | 0 | 5 (8) | 0 | 0 | 0 | 1.5 | 2 | 10.0 |"
+    assert Outcome(**a).good
+    assert not Outcome(**b).good
+
+
+@pytest.mark.slow
+def test_kills_of_each_kind_cost_at_most_a_unit_a_worker(tmp_path, capsys):
+    with Chaos(tmp_path, PAUSE) as chaos:
+        outcome = chaos.run(Trial(0, "score", "mixed", 0), 5)
+    with capsys.disabled():
+        print("\n" + markdown([outcome.__dict__]))
+    assert outcome.good, outcome.notes
+    assert outcome.hits.keys() >= {"actor", "driver", "node"}
