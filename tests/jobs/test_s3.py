@@ -61,7 +61,7 @@ def test_the_main_job_on_s3_survives_a_kill(endpoint, model, tmp_path):
     assert 3 <= done < ROWS // 10
     status, half = seen(f"s3://{bucket}/out", endpoint)
     assert (status, half["stage"], half["done"], half["total"]) == (1, "score", 10 * done, ROWS)
-    assert half["rate"] > 0
+    assert half["rate"] is None or half["rate"] > 0  # parts of one second tell no rate
 
     again = command("run", remote, **endpoint.environment)
     out, err = again.communicate(timeout=400)

@@ -20,6 +20,7 @@ from curate.runtime.stream import stream
 @pytest.fixture
 def as_json(monkeypatch):
     monkeypatch.setenv("CURATE_LOG", "json")
+    monkeypatch.setattr(events, "_stage", None)  # a stage that another test ended by an error
 
 
 def lines(capsys) -> list[dict]:
