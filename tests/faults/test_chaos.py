@@ -40,7 +40,7 @@ def test_the_table_adds_trials_up():
     assert not Outcome(**b).good
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kills_of_each_kind_cost_at_most_a_unit_a_worker(tmp_path, capsys):
     with Chaos(tmp_path, PAUSE) as chaos:
         outcome = chaos.run(Trial(0, "score", "mixed", 0), 5)
