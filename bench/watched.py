@@ -25,8 +25,8 @@ from bench.stream import ray_group, spilled_bytes
 ROOT = Path(__file__).parents[1]
 _PART = re.compile(r"^(\d{12})-(\d{12})\.parquet$")
 
-# Found by every Python process of the job: each chunk that was scored adds its number of rows to a file, committed or
-# not. From outside nobody could tell how many rows a killed actor had scored.
+# Found by every Python process of the job: each row that was scored adds its number to a file, committed or not. From
+# outside nobody could tell how many rows a killed actor had scored.
 COUNTING = """
 import importlib.machinery as machinery
 load = machinery.SourceFileLoader.exec_module
@@ -40,7 +40,7 @@ def exec_module(self, module):
     def counted(self, examples, *arguments, **named):
         result = run(self, examples, *arguments, **named)
         with open({log!r}, "ab", buffering=0) as f:
-            f.write(f"{{len(examples)}}\\n".encode())
+            f.write("".join(f"{{e.row}}\\n" for e in examples).encode())
         return result
 
     module.SharedPass.run = counted
@@ -187,4 +187,4 @@ def _tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def scored_rows(work: Path) -> int:
     """Rows that any process of the jobs run with `work` has scored, committed or not."""
-    return sum(map(int, (work / "scored").read_text().split()))
+    return (work / "scored").read_bytes().count(b"\n")

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from connectors import storage
-from connectors.urls import is_local, join, split
+from connectors.urls import is_local
 
 
 @dataclass(frozen=True, order=True)
@@ -33,22 +33,8 @@ def dated_files(url: str) -> list[Dated]:
     if is_local(url):
         # A local stamp is the modification time in nanoseconds.
         return [Dated(f.name, f.url, f.size, int(f.stamp) / 1e9) for f in storage.list_files(url)]
-    fs, path = split(url)
-    root = path.rstrip("/")
-
-    def ask() -> dict[str, Any]:
-        fs.invalidate_cache()
-        try:
-            return fs.find(path, detail=True)
-        except FileNotFoundError:
-            return {}
-
-    out = []
-    for where, details in storage.again(url, "list", ask).items():
-        name = where.removeprefix(root).strip("/")
-        if details["type"] == "file" and name and not where.endswith("/") and not storage.hidden(name):
-            out.append(Dated(name, join(url, name), int(details["size"] or 0), _time(details)))
-    return sorted(out)
+    found = storage.remote_files(url)
+    return [Dated(name, where, int(details["size"] or 0), _time(details)) for where, name, details in found]
 
 
 def _time(details: dict[str, Any]) -> float | None:

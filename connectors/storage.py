@@ -108,6 +108,18 @@ def _listing(url: str, all_files: bool) -> list[FileInfo]:
         with told(url, "list"):
             found = list(localfile.walk(local_path(url), url, skip=None if all_files else hidden))
         return sorted(found, key=lambda f: f.name)
+    return [
+        FileInfo(where, name, int(details["size"] or 0), _stamp(details))
+        for where, name, details in remote_files(url, all_files)
+    ]
+
+
+def remote_files(url: str, all_files: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
+    """(URL, name below `url`, fsspec's details) of the files of a place that is not local, sorted by name.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
     fs, path = split(url)
     root = path.rstrip("/")
 
@@ -124,9 +136,8 @@ def _listing(url: str, all_files: bool) -> list[FileInfo]:
         # An object whose name ends in "/" is how some tools mark a folder.
         if details["type"] != "file" or name.endswith("/") or (not all_files and name != root and hidden(relative)):
             continue
-        where = url if name.rstrip("/") == root else join(url, relative)
-        out.append(FileInfo(where, relative, int(details["size"] or 0), _stamp(details)))
-    return sorted(out, key=lambda f: f.name)
+        out.append((url if name.rstrip("/") == root else join(url, relative), relative, details))
+    return sorted(out, key=lambda f: f[1])
 
 
 def list_files(url: str) -> list[FileInfo]:

@@ -26,11 +26,11 @@ from curate.runtime.audit import Baseline, Conclusion, Summary
 from curate.runtime.audit_files import Audit, Audits, remove_parts, write_json
 from curate.runtime.audit_plan import Listing, Plan, by_day, kept_keys, listing, plan
 from curate.runtime.audit_rows import load_rows
+from curate.runtime.events import say
 from curate.runtime.generate import GenerateSpec, generate
 from curate.runtime.lease import Lease
 from curate.runtime.manifest import SourceSpec
 from curate.runtime.output import Output, claim, load_manifest, save_manifest
-from curate.runtime.progress import say
 from curate.runtime.score import ScoreSpec, score
 
 if TYPE_CHECKING:

@@ -39,10 +39,10 @@ from curate.models.load import ModelSpec, identity, load_tokenizer
 from curate.models.tracked import Coverage, LayerChoice
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import DifferentiatorSpec, differentiators
+from curate.runtime.events import say
 from curate.runtime.fit import FitSpec, fit, say_coverage
 from curate.runtime.influence_views import InfluenceSources
 from curate.runtime.plan import InfluencePlan
-from curate.runtime.progress import say
 from curate.runtime.queries import OnPolicySpec, on_policy
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.test_vectors import VectorSpec, make_test_vectors

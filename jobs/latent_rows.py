@@ -16,6 +16,7 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
 from curate.errors import ConfigError
 from curate.models.load import ModelSpec
+from curate.runtime.events import say
 from curate.runtime.latent_activations import (
     LatentActivationSpec,
     LatentTable,
@@ -25,7 +26,6 @@ from curate.runtime.latent_activations import (
     latent_table,
 )
 from curate.runtime.output import Output
-from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
 
 if TYPE_CHECKING:

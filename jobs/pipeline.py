@@ -28,11 +28,11 @@ from curate.evaluation.judge import Judge
 from curate.models.engines import GenerationSpec, vllm_serves
 from curate.models.load import ModelSpec, identity, load_tokenizer
 from curate.runtime import concepts as making
+from curate.runtime.events import say
 from curate.runtime.generate import GenerateSpec, generate, generation_recipe
 from curate.runtime.manifest import SourceSpec, build_manifest
 from curate.runtime.output import Output
 from curate.runtime.plan import PlanSpec, make_plan
-from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.report import Place, ReportSpec, headline, table, write_report
 from curate.runtime.score import ScoreSpec, score

@@ -25,7 +25,7 @@ from curate.reports import retrain as page
 from curate.reports import retrain_data
 from curate.reports.retrain_data import ArmView, RetrainData
 from curate.runtime.evaluate import EvaluatedModel, Evaluation
-from curate.runtime.progress import say
+from curate.runtime.events import say
 from curate.runtime.select import Scores, load_scores, score_columns
 from curate.runtime.sweep import Outcome, check_outcomes, run_trainings, slots
 from curate.runtime.train import TrainSpec, losses

@@ -13,7 +13,7 @@ from curate.errors import ConfigError
 from curate.evaluation.layer_stride import LayerStrides
 from curate.models.load import load_tokenizer
 from curate.runtime.differentiator import DifferentiatorSpec, differentiators
-from curate.runtime.progress import say
+from curate.runtime.events import say
 from curate.runtime.study import StudySpec, study
 from curate.scoring.directional.base import Reduction
 from jobs.app import entry

@@ -28,12 +28,12 @@ from curate.models.load import load_tokenizer
 from curate.models.tracked import LayerChoice
 from curate.runtime.differentiator import DifferentiatorSpec, differentiators
 from curate.runtime.evaluate import Evaluation
+from curate.runtime.events import say
 from curate.runtime.gradient_cosine import Bounds, CosineSpec, bounds, gradient_cosines
 from curate.runtime.item_latents import ItemJob, ItemLatents, item_latents, orthogonality
 from curate.runtime.latent_influence import LatentSpec, latent_influence
 from curate.runtime.latent_totals import Totals, totals
 from curate.runtime.output import Output
-from curate.runtime.progress import say
 from curate.scoring.latent.make import BACKENDS
 from jobs.evaluation import TUNED, Evaluating
 

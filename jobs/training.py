@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from connectors import storage
+from curate.runtime.events import say
 from curate.runtime.output import claim, read_recipe
-from curate.runtime.progress import say
 from curate.runtime.tokens import TokenRows, make_tokens
 from curate.runtime.train import TrainSpec, resolved, train
 from curate.training.spec import TrainingSpec

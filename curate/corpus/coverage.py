@@ -69,11 +69,6 @@ class Covered:
         return out
 
 
-def gaps(start: int, stop: int, done: Iterable[Range]) -> list[Range]:
-    """The parts of [start, stop) that no range of `done` covers."""
-    return Covered(done).gaps(start, stop)
-
-
 def check_whole(wanted: Iterable[Part], parts: Iterable[Part]) -> None:
     """Final check: every wanted row is covered exactly once.
 

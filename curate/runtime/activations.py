@@ -20,7 +20,8 @@ from curate.models.batching import collate, token_batches
 from curate.models.load import ModelSpec, load_model, load_tokenizer
 from curate.models.pooling import response_mean
 from curate.models.tap import LayerTap, n_layers
-from curate.runtime.progress import Progress, say
+from curate.runtime.events import say
+from curate.runtime.progress import Progress
 from curate.runtime.session import Session
 from curate.runtime.stream import stream
 

@@ -29,7 +29,7 @@ from curate.runtime.audit_rows import (
     worst_rows,
 )
 from curate.runtime.audit_settings import AuditSettings
-from curate.runtime.progress import say
+from curate.runtime.events import say
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.select import score_columns
 

@@ -22,10 +22,10 @@ from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
 from curate.runtime.answers import answers
+from curate.runtime.events import say
 from curate.runtime.generate import sampling_facts
 from curate.runtime.judge import loaded
 from curate.runtime.labelled import labelled_rows
-from curate.runtime.progress import say
 from curate.runtime.session import Session
 
 

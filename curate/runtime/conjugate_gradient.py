@@ -47,8 +47,8 @@ from curate.models.tracked import TrackedLayer
 from curate.runtime import partials
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import Differentiator
+from curate.runtime.events import say
 from curate.runtime.memory import free_bytes
-from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec, read_pieces
 
 FEW_ROWS = 4  # a loss of so few rows is unstable (METHODS §5)

@@ -37,9 +37,9 @@ from curate.runtime.evaluation_files import (
     save_items,
     save_measures,
 )
+from curate.runtime.events import say
 from curate.runtime.generate import sampling_facts
 from curate.runtime.judge import loaded
-from curate.runtime.progress import say
 from curate.runtime.responses import Asking, Case, respond
 from curate.runtime.run_note import StageNote, begin
 from curate.runtime.session import Session

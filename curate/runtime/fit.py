@@ -37,9 +37,10 @@ from curate.models.tracked import Coverage, TrackedLayer
 from curate.runtime import partials
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import Differentiator
+from curate.runtime.events import say
 from curate.runtime.memory import free_bytes
 from curate.runtime.output import claim
-from curate.runtime.progress import Progress, say
+from curate.runtime.progress import Progress
 from curate.runtime.reader import ReaderSpec, read_pieces
 from curate.runtime.run_note import StageNote, begin
 from curate.runtime.stage import StageResult

@@ -33,8 +33,9 @@ from curate.models.engines import GenerationSpec, make_engine
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.activations import response_activations
 from curate.runtime.crew import Crew
+from curate.runtime.events import say
 from curate.runtime.labelled import LabelledRows
-from curate.runtime.progress import Progress, say
+from curate.runtime.progress import Progress
 from curate.runtime.session import Pool, Session
 
 Pairs = Sequence[tuple[str, str]]

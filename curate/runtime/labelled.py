@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from connectors import registry
 from curate.corpus.example import ColumnMap, Example, to_example
 from curate.errors import BadRow, ConceptError, ConfigError, near
-from curate.runtime.progress import say
+from curate.runtime.events import say
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from types import TracebackType
 
 from connectors import exchange
 from curate.errors import CurateError, LeaseError, StorageError
-from curate.runtime.progress import say
+from curate.runtime.events import say
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from connectors.storage import FileInfo
 from curate.corpus.example import ColumnMap
 from curate.corpus.units import FileEntry, Manifest, Unit
 from curate.errors import CorpusError
+from curate.runtime.events import say
 from curate.runtime.output import load_manifest, save_manifest
-from curate.runtime.progress import say
 from curate.runtime.stream import map_tasks
 
 

@@ -16,8 +16,6 @@ from curate.runtime import events, metrics, run_note
 from curate.runtime.events import say
 from curate.runtime.run_note import StageNote
 
-__all__ = ["EVERY_SECONDS", "Progress", "say", "show_log"]
-
 EVERY_SECONDS = 5.0
 
 

@@ -22,9 +22,9 @@ from curate.evaluation.judge import Judge, check_ready, reads_template, summary
 from curate.models.engines import GenerationSpec
 from curate.models.load import ModelSpec, load_tokenizer
 from curate.runtime.answers import answers
+from curate.runtime.events import say
 from curate.runtime.generate import sampling_facts
 from curate.runtime.judge import loaded
-from curate.runtime.progress import say
 from curate.runtime.session import Session
 
 

@@ -19,9 +19,9 @@ from curate.errors import BadRow
 from curate.evaluation.ranking import Ranking, ranking
 from curate.reports import report
 from curate.reports.data import ConceptView, ExampleSets, ExampleView, ReportData
+from curate.runtime.events import say
 from curate.runtime.influence_views import InfluenceSources, coloured, influence_views
 from curate.runtime.output import Output
-from curate.runtime.progress import say
 from curate.runtime.reader import ReaderSpec
 from curate.runtime.select import Scores, SelectSpec, label_counts
 from curate.runtime.stage import StageResult, count_bad

@@ -40,8 +40,9 @@ from curate.runtime.evaluation_files import (
     save_answers,
     save_likelihoods,
 )
+from curate.runtime.events import say
 from curate.runtime.inline import is_inline
-from curate.runtime.progress import Progress, say
+from curate.runtime.progress import Progress
 from curate.runtime.session import Session
 from curate.runtime.stream import DEAD_DEVICE_EXIT
 

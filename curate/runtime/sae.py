@@ -24,8 +24,8 @@ from curate.corpus.units import Manifest
 from curate.models.load import ModelSpec, load_model, resolve_device
 from curate.runtime.activation_store import Activations, held_out_rows
 from curate.runtime.crew import Crew
+from curate.runtime.events import say
 from curate.runtime.output import claim, read_parts
-from curate.runtime.progress import say
 from curate.runtime.run_note import StageNote, begin
 from curate.runtime.select import file_spans
 from curate.runtime.session import Session

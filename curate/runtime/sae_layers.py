@@ -29,7 +29,7 @@ from curate.models.tap import LayerTap
 from curate.runtime.activation_store import chance
 from curate.runtime.crew import Crew
 from curate.runtime.evaluate import EvaluatedModel, EvaluateSpec, evaluate, load_items
-from curate.runtime.progress import say
+from curate.runtime.events import say
 from curate.runtime.reader import ReaderSpec, read_pieces
 from curate.runtime.session import Session
 from curate.training.log import read_log

@@ -15,7 +15,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from curate.errors import ConfigError
-from curate.runtime.progress import say
+from curate.runtime.events import say
 
 LOOK_SECONDS = 1.0
 

@@ -86,7 +86,8 @@ def run_units(
             refuse_too_many()
     progress.close()
     output.check_whole(manifest)
-    storage.remove_stale_temps(output.url)  # of actors that were killed and replaced
+    if remaining:
+        storage.remove_stale_temps(output.url)  # of actors that were killed and replaced; older ones went at the start
     bad = before + progress.bad
     return StageResult(left, rows - left, bad, progress.tokens, progress.seconds, peak / 2**30)
 

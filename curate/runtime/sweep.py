@@ -21,8 +21,9 @@ from curate.errors import CurateError, WorkerError
 from curate.runtime import events
 from curate.runtime.accelerators import places
 from curate.runtime.crew import Crew
+from curate.runtime.events import say
 from curate.runtime.inline import inline, is_inline
-from curate.runtime.progress import Progress, say
+from curate.runtime.progress import Progress
 from curate.runtime.session import Session
 from curate.runtime.stream import worded
 from curate.runtime.train import DONE, TrainSpec, Watch, finished, train

@@ -27,7 +27,7 @@ from curate.runtime import partials
 from curate.runtime.conjugate_gradient import CGRows, CGVector, short, solve_by_cg
 from curate.runtime.crew import Crew
 from curate.runtime.differentiator import Differentiator
-from curate.runtime.progress import say
+from curate.runtime.events import say
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.corpus.chunk import Chunk, Quarantined
-from curate.corpus.coverage import Part, check_whole, gaps, parse_part, part_name
+from curate.corpus.coverage import Covered, Part, check_whole, parse_part, part_name
 from curate.corpus.example import Example, Message
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered
@@ -19,7 +19,7 @@ ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda t
 def test_gaps_are_the_uncovered_rows(start, length, done):
     stop = start + length
     covered = {r for a, b in done for r in range(a, b)}
-    found = [r for a, b in gaps(start, stop, done) for r in range(a, b)]
+    found = [r for a, b in Covered(done).gaps(start, stop) for r in range(a, b)]
     assert found == [r for r in range(start, stop) if r not in covered]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.watched import COUNTING
 from tests.conftest import conversation, write_jsonl
 from tests.jobs.helpers import command, inline, options, parts, run_job
 
@@ -69,34 +70,12 @@ def assert_same(sink: Path, undisturbed: dict) -> None:
     assert all(found[n].equals(undisturbed[n]) for n in found)
 
 
-COUNTER = """
-import importlib.machinery as machinery
-load = machinery.SourceFileLoader.exec_module
-
-def exec_module(self, module):
-    load(self, module)
-    if module.__name__ != "curate.scoring.shared_pass":
-        return
-    run = module.SharedPass.run
-
-    def counted(self, examples, *arguments, **named):
-        result = run(self, examples, *arguments, **named)
-        with open({log!r}, "ab", buffering=0) as f:
-            f.write("".join(f"{{e.row}}\\n" for e in examples).encode())
-        return result
-
-    module.SharedPass.run = counted
-
-machinery.SourceFileLoader.exec_module = exec_module
-"""
-
-
 @pytest.fixture
 def scored(tmp_path, monkeypatch) -> Path:
     """A file to which every process of a run adds the rows that it has scored, whether they were committed or not."""
     log = tmp_path / "scored"
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(COUNTER.format(log=str(log)))
+    (tmp_path / "site" / "sitecustomize.py").write_text(COUNTING.format(log=str(log)))
     before = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), *([before] if before else [])]))
     return log
