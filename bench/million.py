@@ -124,17 +124,20 @@ def check(out: Path, rows: int, fraction: float) -> dict[str, int]:
     return found
 
 
-def memory_lines(name: str, run: Watched, begin: float, end: float, settings: Mapping[str, Any]) -> dict[str, float]:
-    """Emit each group's memory over [begin, end]; returns the driver's."""
-    driver: dict[str, float] = {}
+def memory_lines(
+    name: str, run: Watched, begin: float, end: float, settings: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Emit each group's memory over [begin, end]; returns what each had resident."""
+    resident: dict[str, dict[str, float]] = {}
     for group in GROUPS:
         for kind in ("rss", "private"):
             points = [(s.at, float(getattr(s, kind).get(group, 0)) / GIB) for s in run.memory]
             found = series(points, begin, end)
             ratio = found["end"] / found["start"] if found["start"] else None
             emit(BENCH, f"{name}_{group}_{kind}", found, "GiB", ratio, "end / start" if ratio else None, settings)
-            driver = found if (group, kind) == ("driver", "rss") else driver
-    return driver
+            if kind == "rss":
+                resident[group] = found
+    return resident
 
 
 def measure(args: argparse.Namespace, work: Path) -> list[tuple[str, str]]:
@@ -184,8 +187,8 @@ def measure(args: argparse.Namespace, work: Path) -> list[tuple[str, str]]:
         "whole": whole,
     }, "s", settings=settings)  # fmt: skip
     emit(BENCH, "rows_scored_twice", redone, "rows", settings=settings)
-    driver_first = memory_lines("first_half", first, start, halfway, settings)
-    driver_second = memory_lines("second_half", second, again, scored, settings)
+    in_first = memory_lines("first_half", first, start, halfway, settings)
+    in_second = memory_lines("second_half", second, again, scored, settings)
     selecting = {g: largest(second.memory, g, scored, selected) for g in GROUPS}
     ending = {g: largest(second.memory, g, selected, second.ended) for g in GROUPS}
     emit(BENCH, "selection_max_rss", selecting, "GiB", settings=settings)
@@ -217,8 +220,10 @@ def measure(args: argparse.Namespace, work: Path) -> list[tuple[str, str]]:
         ("… rows scored twice; lost; doubled", f"{redone:,}; 0; 0"),
         ("selection: scores read, ranked, curated shards and ledgers written", f"{selected - scored:.0f} s"),
         ("report and end", f"{second.ended - selected:.0f} s"),
-        ("driver's memory, first half (start → quartiles → end)", flat(driver_first)),
-        ("driver's memory, second half", flat(driver_second)),
+        ("driver's memory, first half (start → quartiles → end)", flat(in_first["driver"])),
+        ("driver's memory, second half", flat(in_second["driver"])),
+        ("scoring actors' memory, second half", flat(in_second["scorers"])),
+        ("readers' memory, second half", flat(in_second["readers"])),
         ("driver's memory, most of all: selection; report", f"{selecting['driver']:.2f}; {ending['driver']:.2f} GiB"),
         ("object store spilled to disk, most", f"{spill / MIB:.0f} MiB"),
         ("bytes a row: " + ", ".join(names), ", ".join(f"{size[n][1] / args.rows:.1f}" for n in names)),

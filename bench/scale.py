@@ -11,7 +11,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,8 +250,12 @@ def _echo() -> Callable[[bytes], bytes]:
     return lambda item: b"done"
 
 
+def _as_is(item: bytes) -> Iterator[bytes]:
+    yield item
+
+
 def streaming(sizes: Sequence[int], settings: dict[str, Any]) -> None:
-    """Items that cost nothing, through Ray Data and one actor: what is left is what an item costs the driver."""
+    """Items that cost nothing, through a reader and an actor: what is left is what an item costs the driver."""
     from curate.runtime.cluster import ClusterSpec
     from curate.runtime.session import session
     from curate.runtime.stage import work_items
@@ -263,7 +267,7 @@ def streaming(sizes: Sequence[int], settings: dict[str, Any]) -> None:
         with session(ClusterSpec(cpus=2, gpus=0, workers=1)) as running:
             began, first, peak = time.perf_counter(), 0.0, _Peak()
             with peak:
-                for answer in stream(items, _echo, running.scorers, chunks=len(items)):
+                for answer in stream(items, _echo, running.scorers, _as_is, running.readers, len(items)):
                     first = first or time.perf_counter() - began
                     assert answer == b"done"
             seconds = time.perf_counter() - began

@@ -23,9 +23,9 @@ from bench.common import emit, machine
 from curate.concepts.concept import direction
 from curate.corpus.render import Rendered, Renderer
 from curate.models.batching import token_batches
+from curate.models.flops import model_cost
 from curate.models.load import ModelSpec, load_model, load_tokenizer
 from curate.models.tap import decoder_parts
-from curate.scoring.flops import model_cost
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
 

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,15 @@ def deliver(target: Target, secret: bytes, body: bytes, delivery: str, clock: Ca
     return tried
 
 
+def _distrust(error: BaseException | None) -> str | None:
+    """What is wrong with a certificate, if that is what `error` is about."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _post(target: Target, body: bytes, headers: dict[str, str]) -> None:
     scheme, host, port = check(target)
     address = resolve(target)
@@ -151,11 +161,18 @@ def _post(target: Target, body: bytes, headers: dict[str, str]) -> None:
     name = named if port in (80, 443) else f"{named}:{port}"
     try:
         # To the address that was checked, under the name that was allowed: a second look-up could answer otherwise.
-        with httpx.Client(follow_redirects=False, trust_env=False, timeout=target.timeout) as client:
+        # The environment chooses the authorities that are trusted (SSL_CERT_FILE, SSL_CERT_DIR), and no proxy.
+        trusted = httpx.create_ssl_context()
+        with httpx.Client(verify=trusted, follow_redirects=False, trust_env=False, timeout=target.timeout) as client:
             answer = client.post(
                 url, content=body, headers={**headers, "Host": name}, extensions={"sni_hostname": host}
             )
     except httpx.HTTPError as e:
+        if (why := _distrust(e)) is not None:
+            raise _Refused(
+                f"audit.webhook: the certificate of {host} is not trusted: {why}. If an authority of your own "
+                f"signed it, name its file in SSL_CERT_FILE"
+            ) from None
         raise DeliveryError(f"audit.webhook: {host} does not answer ({type(e).__name__})") from None
     if answer.is_success:
         return

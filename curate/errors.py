@@ -29,6 +29,14 @@ class ModelError(CurateError):
     """A model, adapter or tokenizer cannot be loaded or does not fit."""
 
 
+class EngineDead(ModelError):
+    """A generation engine cannot go on; whoever holds it replaces it. The prompts of the call are unanswered."""
+
+
+class EngineGone(EngineDead):
+    """The process of a generation engine has ended; why is not known where it was asked."""
+
+
 class ConceptError(CurateError):
     """A concept file is broken or belongs to another model, width or layer."""
 

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from curate.errors import ConfigError, CurateError, near
+from curate.errors import ConfigError, CorpusError, CurateError, WorkerError, near
 from curate.runtime import events
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ def run(
         told: a context around the stages, to be left before the cluster is.
     """
     from conf.schema import settings
+    from connectors import storage
     from curate.runtime.progress import show_log
     from curate.runtime.session import session
     from jobs.pipeline import Pipeline
@@ -205,8 +206,13 @@ def run(
     pipeline = Pipeline(settings(config))
     with at_work(job, pipeline.config):
         pipeline.check()
-        with session(pipeline.config.cluster) as running:
-            pipeline.session = running
-            with told(pipeline), noted_work(job, pipeline.config):
-                pipeline.check_shared()
-                stages(pipeline)
+        try:
+            with session(pipeline.config.cluster) as running:
+                pipeline.session = running
+                with told(pipeline), noted_work(job, pipeline.config):
+                    pipeline.check_shared()
+                    stages(pipeline)
+        except (CorpusError, WorkerError):
+            # Of actors that took too long to end when an error ended the stage, and were killed at their next range.
+            storage.remove_stale_temps(pipeline.config.sink.url)
+            raise

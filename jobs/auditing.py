@@ -113,6 +113,8 @@ class Auditing:
         for m in made:
             for f in m.findings:
                 say(f"audit {m.label}: {f['severity'].upper()}: {f['text']}")
+            for text in m.undecided:
+                say(f"audit {m.label}: too few rows to conclude {text}")
         lines = [m.line() for m in made]
         last = lines[-1] if lines else concluding.empty(self.audits, self._last_plan)
         if len(lines) > 1:

@@ -119,6 +119,20 @@ def findings(rules: Sequence[Rule], slices: Sequence[Slice], names: Mapping[str,
     return list(out.values())
 
 
+def undecided(rules: Sequence[Rule], total: Slice) -> list[str]:
+    """Rules that could not fire on all new rows, whatever had drifted, as these are too few; a line each, with why."""
+    out = []
+    for rule in rules:
+        if rule.measure in OF_SCORES:
+            known = (_why_not(rule, d) for column, d in total.drift.items() if _concerns(rule, column, d))
+            whys = [why for why in known if why is not None]
+        else:
+            few = rule.measure not in _OF_TOTAL and total.rows < rule.min_rows
+            whys = [f"{total.rows:,} rows, and the rule has min_rows={rule.min_rows:,}"] if few else []
+        out += [f"{rule.text}: {whys[0]}"] if whys else []
+    return out
+
+
 def _fired(rule: Rule, part: Slice, names: Mapping[str, int]) -> list[Finding]:
     if rule.measure in OF_SCORES:
         return [f for column, drift in part.drift.items() for f in _of_score(rule, part, column, drift)]
@@ -135,16 +149,40 @@ def _fired(rule: Rule, part: Slice, names: Mapping[str, int]) -> list[Finding]:
 
 def _of_score(rule: Rule, part: Slice, column: str, drift: Drift) -> list[Finding]:
     value = getattr(drift, rule.measure)
-    if value is None or (rule.column is not None and not fnmatchcase(column, rule.column)):
+    if not _concerns(rule, column, drift) or not _beyond(rule, value) or _few(rule, drift):
         return []
-    against = rule.measure not in ("mean", "share_above")
-    fewest = min(drift.n, drift.baseline_n) if against else drift.n
-    noise = rule.measure == "psi" and rule.op == "above" and drift.psi_noise is not None and value <= drift.psi_noise
-    if fewest < rule.min_rows or noise or not _beyond(rule, value):
+    if _bound_by_noise(rule) and drift.psi_noise is not None and value <= drift.psi_noise:
         return []
-    rows = drift.n, drift.baseline_n if against else None
+    rows = drift.n, drift.baseline_n if _compares(rule) else None
     where = rule.measure, part.source, column
     return [Finding(rule.text, rule.severity, *where, value, rule.limit, rule.op, *rows)]
+
+
+def _concerns(rule: Rule, column: str, drift: Drift) -> bool:
+    named = rule.column is None or fnmatchcase(column, rule.column)
+    return named and getattr(drift, rule.measure) is not None
+
+
+def _compares(rule: Rule) -> bool:
+    return rule.measure not in ("mean", "share_above")
+
+
+def _bound_by_noise(rule: Rule) -> bool:
+    return rule.measure == "psi" and rule.op == "above"
+
+
+def _few(rule: Rule, drift: Drift) -> bool:
+    return (min(drift.n, drift.baseline_n) if _compares(rule) else drift.n) < rule.min_rows
+
+
+def _why_not(rule: Rule, drift: Drift) -> str | None:
+    """Why the rule could not fire on samples of these sizes; None: it could."""
+    rows = f"{drift.n:,} rows" + (f" against {drift.baseline_n:,}" if _compares(rule) else "")
+    if _few(rule, drift):
+        return f"{rows}, and the rule has min_rows={rule.min_rows:,}"
+    if _bound_by_noise(rule) and drift.psi_noise is not None and drift.psi_noise > rule.limit:
+        return f"{rows} show up to {drift.psi_noise:.3g} by chance alone"
+    return None
 
 
 def _beyond(rule: Rule, value: float) -> bool:

@@ -17,15 +17,11 @@ from typing import ClassVar, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from curate.errors import ConfigError, ModelError
+from curate.errors import ConfigError
 from curate.models.load import ModelSpec, resolve_device
 from curate.models.spec import GenerationSpec
 
 log = logging.getLogger(__name__)
-
-
-class EngineDead(ModelError):
-    """The engine cannot go on; whoever holds it replaces it. The prompts of the call are unanswered."""
 
 
 @dataclass(frozen=True)

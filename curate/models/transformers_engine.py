@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from curate.errors import EngineDead
 from curate.models.adapter import Wardrobe
 from curate.models.batching import collate
 from curate.models.engines import (
     Engine,
-    EngineDead,
     FirstToken,
     Generated,
     GenerationSpec,

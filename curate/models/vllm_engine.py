@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from curate.errors import ModelError
+from curate.errors import EngineDead, EngineGone, ModelError
 from curate.models import adapter as lora
 from curate.models import vllm_lora_cpu
 from curate.models.engines import (
     Engine,
-    EngineDead,
     FirstToken,
     Generated,
     GenerationSpec,
@@ -105,6 +104,15 @@ def _lora_settings(rank: int) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": _SLOTS, "max_cpu_loras": _SLOTS, "max_lora_rank": room}
 
 
+def _dead(doing: str, error: Exception) -> EngineDead:
+    # By name: an engine's own process is there with some settings and versions only, and so is its error.
+    kind = EngineGone if type(error).__name__ == "EngineDeadError" else EngineDead
+    return kind(
+        f"vLLM failed while {doing}: {type(error).__name__}: {error}. Where it cannot run this model at all, "
+        f"the engine transformers can (generation.engine, judge.engine)."
+    )
+
+
 class VllmEngine(Engine):
     """Takes any number of prompts a call; vLLM schedules at most `max_batch` of them at a time."""
 
@@ -184,7 +192,7 @@ class VllmEngine(Engine):
                 lora_request=self._worn,
             )
         except Exception as error:
-            raise EngineDead(f"vLLM failed while generating: {type(error).__name__}: {error}") from error
+            raise _dead("generating", error) from error
         for i, answer in zip(good, answers, strict=True):
             out[i] = to_generated(self._tokenizer, list(answer.outputs[0].token_ids), self._stops)
         return out
@@ -238,7 +246,7 @@ class VllmEngine(Engine):
                 [self._vllm.TokensPrompt(prompt_token_ids=list(prompts[i])) for i in good], asked, use_tqdm=False
             )
         except Exception as error:
-            raise EngineDead(f"vLLM failed while reading prompts: {type(error).__name__}: {error}") from error
+            raise _dead("reading prompts", error) from error
         for i, answer in zip(good, answers, strict=True):
             given: Any = answer.outputs[0].logprobs
             found = sorted(given[0].items(), key=lambda item: item[1].rank)[:top]

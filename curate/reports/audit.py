@@ -76,7 +76,7 @@ def _trend(
     page: AuditPage,
 ) -> dict[str, Any]:
     rows: list[Mapping[str, Any]] = [total.get((n, column), {}) for n in names]
-    labels = [str(c["as_of"])[:10] for c in shown]
+    labels = moments([str(c["as_of"]) for c in shown])
     quantiles = {q: [r.get(q) for r in rows] for q in _QUANTILES}
     limits = [r.get("threshold") for r in rows]
     psi, noise = [r.get("psi") for r in rows], [r.get("psi_noise") for r in rows]
@@ -93,3 +93,9 @@ def _trend(
             psi_of = (labels, psi, noise, fired, page.limits)
             pictures["psi"][size] = audit_plots.drift(*psi_of, f"d{i}-{size}", alt, width, low)
     return {"column": column, "words": column_words(column), "pictures": pictures, "known": known, "now": rows[-1]}
+
+
+def moments(times: Sequence[str]) -> list[str]:
+    """Times (2026-11-22T15:41:49Z) for an axis: their days, and where some share one, the hours of all."""
+    days = [t[:10] for t in times]
+    return days if len(set(days)) == len(days) else [f"{t[5:10]} {t[11:16]}" for t in times]

@@ -15,7 +15,6 @@ out, for what is measured afterwards. A layer that any whole pass has written is
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,6 @@ from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
-from curate.runtime.stream import DEAD_DEVICE_EXIT
 from curate.training.activation_batches import Shard
 
 SHARD_TOKENS = 8192  # all layers of a shard are in memory at once: 1 GB for 16 layers of the width 4,096 in bfloat16
@@ -276,10 +274,7 @@ class _Writer:
         wrong: dict[int, int] = {}
         for batch in token_batches([len(r.input_ids) for r in rendered], self.spec.token_budget):
             ids, _ = collate([rendered[i].input_ids for i in batch], 0, device=self.model.device)
-            try:
-                seen = self.tap(ids)
-            except torch.AcceleratorError:
-                os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+            seen = self.tap(ids)
             mask = span_mask([spans[i][0] for i in batch], [spans[i][1] for i in batch], ids.shape[1], ids.device)
             places = torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch]))
             for layer, state in seen.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from connectors import storage
 from curate.errors import ConfigError, near
 from curate.evaluation import languages as language_rules
-from curate.evaluation.audit_rules import TOTAL, Finding, Slice, findings, worst_severity
+from curate.evaluation.audit_rules import TOTAL, Finding, Slice, findings, undecided, worst_severity
 from curate.evaluation.drift import QUANTILES, Drift, compare
 from curate.runtime.audit_files import Audit, Audits, Known, Statistics, write_json, write_table
 from curate.runtime.audit_plan import Plan
@@ -85,6 +85,7 @@ class Summary:
     worst: list[dict[str, Any]]
     seconds: float
     page: str = ""
+    undecided: list[str] = field(default_factory=list)
     backfill: bool = False
     score_seconds: float = 0.0
 
@@ -218,6 +219,7 @@ def conclude(c: Conclusion, baseline: Callable[[Sequence[str]], Baseline], still
         worst=[asdict(w) for w in worst],
         seconds=time.monotonic() - c.began,
         page=c.audits.at("index.html"),
+        undecided=[] if first else undecided(s.rules, next(m for m in measured if m.source == TOTAL)),
         backfill=c.audit.scope != "new",
         score_seconds=c.score_seconds,
     )

@@ -184,7 +184,7 @@ class Audits:
         if baseline == "first":
             return dict(min(committed, key=lambda c: c["number"])) if committed else None
         if baseline == "previous":
-            before = [c for c in committed if c["as_of"] < now.as_of]
+            before = [c for c in committed if (c["as_of"], c["number"]) < (now.as_of, now.number)]
             return dict(before[-1]) if before else None
         for c in committed:
             if baseline in (c["label"], f"{c['number']:06d}", str(c["number"])):

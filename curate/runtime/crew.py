@@ -6,25 +6,31 @@ For one round over a corpus use `stream`, which also reads; this is for rounds t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
-import torch
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
 from curate.runtime import events, metrics
 from curate.runtime.inline import is_inline
+from curate.runtime.lost import LOST, Life, device_errors_in_words
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool
-from curate.runtime.stream import DEAD_DEVICE_EXIT, worded
+from curate.runtime.stream import worded
 
 State = TypeVar("State")
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+
+TRIES = 6  # of an item, whose actor dies each time
+
+
+def _told(error: CurateError) -> tuple[str, str]:
+    return type(error).__name__, str(error)
 
 
 class _Member:
@@ -34,6 +40,7 @@ class _Member:
         events.enter(scene)
         metrics.count("curate_worker_starts", 1)
         self.failed: CurateError | None = None
+        self.life = Life()
         try:
             with out_of_memory_in_words():
                 self.state = make()
@@ -45,16 +52,22 @@ class _Member:
     ) -> tuple[Any, tuple[str, str] | None]:
         events.enter(scene)
         if self.failed is not None:
-            return None, (type(self.failed).__name__, str(self.failed))
+            return None, _told(self.failed)
         try:
             with out_of_memory_in_words():
-                return act(self.state, item), None
+                answer = act(self.state, item)
+            self.life.answered = True
+            return answer, None
+        except LOST as e:
+            return None, _told(self.life.end(e))
         except CurateError as e:
-            return None, (type(e).__name__, str(e))
-        except torch.AcceleratorError:
-            os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+            return None, _told(e)
         finally:
             metrics.flush()
+
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Answers once the actor runs, or runs again."""
 
 
 class Crew:
@@ -85,7 +98,7 @@ class Crew:
         """
         if is_inline():
             for item in items:
-                with out_of_memory_in_words():
+                with device_errors_in_words():
                     self._here = self._make() if self._here is None else self._here
                     answer = act(self._here, item)
                 yield answer
@@ -93,23 +106,34 @@ class Crew:
         self._grow(len(items))
         idle = list(self._members)
         at = 0
-        running: dict[Any, tuple[Any, Item]] = {}
+        tries = [0] * len(items)
+        running: dict[Any, tuple[Any, int]] = {}  # (member, item) by what to wait for; likewise:
+        away: dict[Any, tuple[Any, int]] = {}  # members that have died, or whose node has, and may come again
         try:
-            while at < len(items) or running:
+            while at < len(items) or running or away:
                 while idle and at < len(items):
                     member = idle.pop()
-                    running[member.work.remote(act, items[at], events.scene())] = member, items[at]
+                    running[self._give(member, act, items[at])] = member, at
                     at += 1
-                (done, *_), _ = ray.wait(list(running), num_returns=1)
-                member, item = running.pop(done)
-                idle.append(member)
+                (done, *_), _ = ray.wait([*running, *away], num_returns=1)
+                if done in away:
+                    member, n = away.pop(done)
+                    running[self._give(member, act, items[n])] = member, n
+                    continue
+                member, n = running.pop(done)
+                tries[n] += 1
                 try:
                     answer, error = ray.get(done)
                 except ray.exceptions.RayError as e:
+                    # Ray's own repeats would be used up while it has not noticed that a node is gone.
+                    if isinstance(e, ray.exceptions.ActorUnavailableError) and tries[n] < TRIES:
+                        away[member.ready.remote()] = member, n
+                        continue
                     said = worded(e)
                     if lost is None or not isinstance(said, WorkerError):
                         raise
-                    answer, error = lost(item, said), None
+                    answer, error = lost(items[n], said), None
+                idle.append(member)
                 if error is not None:
                     metrics.error(error[0])
                     raise getattr(errors, error[0], CurateError)(error[1])
@@ -117,13 +141,18 @@ class Crew:
         except ray.exceptions.RayError as e:
             raise worded(e) from e
 
+    @staticmethod
+    def _give(member: Any, act: Callable[[State, Item], Answer], item: Item) -> Any:
+        return member.work.remote(act, item, events.scene())
+
     def _grow(self, items: int) -> None:
         member = ray.remote(_Member)
         for _ in range(len(self._members), min(self._pool.size, items)):
             options: dict[str, Any] = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus or None}
             if self._accelerator is not None:
                 options["accelerator_type"] = self._accelerator
-            self._members.append(member.options(**options, **self._pool.retries()).remote(self._make, events.scene()))
+            options |= {"max_restarts": self._pool.restarts, "max_task_retries": 0}
+            self._members.append(member.options(**options).remote(self._make, events.scene()))
 
     def close(self) -> None:
         """End the actors, so that their share of the machine is free for the next stage. Inline, a state that has a

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from curate.concepts.sae import SAE
 from curate.errors import CurvatureError
+from curate.models.flops import ForwardCost, model_cost
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id, resolve_device
+from curate.models.peak import device_peak
 from curate.models.splice import spliced
 from curate.models.tracked import Coverage, LayerChoice, TrackedLayer, tracked_layers
 from curate.runtime.crew import Crew
@@ -40,9 +42,9 @@ class DifferentiatorSpec:
 class Differentiator:
     """State of one actor of a `Crew`."""
 
-    def __init__(self, spec: DifferentiatorSpec, threads: int) -> None:
+    def __init__(self, spec: DifferentiatorSpec, threads: int, peak_tflops: float | None = None) -> None:
         torch.set_num_threads(max(1, threads))
-        self.spec = spec
+        self.spec, self._peak_tflops = spec, peak_tflops
         self._kept: tuple[str, Any] = ("", None)
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
@@ -58,6 +60,16 @@ class Differentiator:
     @cached_property
     def model(self) -> PreTrainedModel:
         return load_model(self.spec.model)
+
+    @cached_property
+    def cost(self) -> ForwardCost:
+        """FLOPs of the model."""
+        return model_cost(self.model)
+
+    @cached_property
+    def peak(self) -> float | None:
+        """FLOP/s that the device can do, where that is known."""
+        return device_peak(self.device, self.model.dtype, self._peak_tflops)
 
     @cached_property
     def pad_id(self) -> int:
@@ -99,11 +111,12 @@ class Differentiator:
 class _Make:
     spec: DifferentiatorSpec
     threads: int
+    peak_tflops: float | None
 
     def __call__(self) -> Differentiator:
-        return Differentiator(self.spec, self.threads)
+        return Differentiator(self.spec, self.threads, self.peak_tflops)
 
 
 def differentiators(spec: DifferentiatorSpec, session: Session) -> Crew:
     """A crew of them on the scoring pool; close it before the next stage."""
-    return Crew(_Make(spec, max(1, round(session.scorers.cpus))), session.scorers)
+    return Crew(_Make(spec, max(1, round(session.scorers.cpus)), session.peak_tflops), session.scorers)

@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
@@ -32,6 +33,7 @@ from curate.curvature.covariance import Covariances, accumulate_covariances
 from curate.curvature.ekfac import Bases, Corrections, Eigenbasis, accumulate_corrections, eigenbasis, make_factor
 from curate.curvature.files import INDEX, FactorIndex, load_index, save_factor, save_index
 from curate.curvature.fisher import CurvatureKind, CurvatureSpec
+from curate.curvature.flops import correction_flops, covariance_flops, fisher_flops
 from curate.errors import ConfigError, CorpusError, CurvatureError
 from curate.models.tracked import Coverage, TrackedLayer
 from curate.runtime import partials
@@ -40,7 +42,7 @@ from curate.runtime.differentiator import Differentiator
 from curate.runtime.events import say
 from curate.runtime.memory import free_bytes
 from curate.runtime.output import claim
-from curate.runtime.progress import Progress
+from curate.runtime.progress import Done, Progress
 from curate.runtime.reader import ReaderSpec, read_pieces
 from curate.runtime.run_note import StageNote, begin
 from curate.runtime.stage import StageResult
@@ -202,11 +204,11 @@ def _shards(spec: FitSpec, manifest: Manifest, layers: Sequence[TrackedLayer]) -
 
 
 def _round(
-    crew: Crew, act: Callable[[Differentiator, Job], int], jobs: Mapping[str, Job], done: set[str], progress: Progress
+    crew: Crew, act: Callable[[Differentiator, Job], Done], jobs: Mapping[str, Job], done: set[str], progress: Progress
 ) -> None:
     """Do what is not in `done`; `act` answers what to add to `progress`."""
-    for n in crew.map(act, [job for name, job in jobs.items() if name not in done]):
-        progress.add(n)
+    for answer in crew.map(act, [job for name, job in jobs.items() if name not in done]):
+        progress.add(*answer)
     progress.close()
 
 
@@ -244,25 +246,40 @@ def _rows(shard: _Shard) -> tuple[list[Rendered], list[str], int]:
     return rendered, ids, bad
 
 
-def _finish(shard: _Shard, sums: Covariances | Corrections, rendered: Sequence[Rendered], bad: int) -> int:
+def _finish(
+    state: Differentiator,
+    shard: _Shard,
+    sums: Covariances | Corrections,
+    rendered: Sequence[Rendered],
+    bad: int,
+    flops: Callable[[int], float],
+    began: float,
+) -> Done:
+    """`flops`: of the sums, by the tokens that went through the model."""
     sums.count("examples", 0)
     sums.count("left_out", bad)
     sums.count("seen", sum(len(r.input_ids) for r in rendered))
     partials.save(shard.url, sums.state_dict())
-    return count(shard.pieces)
+    rows, busy = count(shard.pieces), time.perf_counter() - began
+    if not rendered:
+        return Done(rows)
+    passes, tokens = fisher_flops(state.cost, state.layers, shard.spec.curvature, rendered)
+    return Done(rows, tokens, 0, passes + flops(tokens), busy, state.peak)
 
 
-def _covariance(state: Differentiator, shard: _Shard) -> int:
+def _covariance(state: Differentiator, shard: _Shard) -> Done:
+    began = time.perf_counter()
     rendered, ids, bad = _rows(shard)
     sums = Covariances()
     if rendered:
         budget, spec = state.spec.token_budget, shard.spec.curvature
         with state.inserted():
             accumulate_covariances(state.model, state.layers, spec, rendered, ids, budget, state.pad_id, sums)
-    return _finish(shard, sums, rendered, bad)
+    return _finish(state, shard, sums, rendered, bad, partial(covariance_flops, state.layers), began)
 
 
-def _correction(state: Differentiator, shard: _Shard) -> int:
+def _correction(state: Differentiator, shard: _Shard) -> Done:
+    began = time.perf_counter()
     rendered, ids, bad = _rows(shard)
     sums = Corrections()
     if rendered:
@@ -271,7 +288,8 @@ def _correction(state: Differentiator, shard: _Shard) -> int:
         budget, spec = state.spec.token_budget, shard.spec.curvature
         with state.inserted():
             accumulate_corrections(state.model, state.layers, spec, bases, rendered, ids, budget, state.pad_id, sums)
-    return _finish(shard, sums, rendered, bad)
+    flops = partial(correction_flops, state.layers, rotated=shard.bases is not None)
+    return _finish(state, shard, sums, rendered, bad, flops, began)
 
 
 def _load_bases(state: Differentiator, folder: str) -> Bases:
@@ -320,14 +338,14 @@ def _decompose(crew: Crew, layers: Sequence[TrackedLayer], sums: list[str], fold
     _round(crew, _eigen, ordered, done, Progress("fit: eigenvectors", len(jobs), len(done), "matrices"))
 
 
-def _eigen(state: Differentiator, job: _Basis) -> int:
+def _eigen(state: Differentiator, job: _Basis) -> Done:
     key = f"{job.side}/{job.name}"
     sums = Covariances.from_state(partials.total(job.shards, lambda k: k == key or k.startswith("count/")))
     matrix = sums.input_factor(job.name) if job.side == "A" else sums.output_factor(job.name)
     basis = eigenbasis(matrix.to(state.device), job.name)
     tensors: dict[str, Tensor] = {"vectors": basis.vectors, "values": basis.values}
     partials.save(job.url, tensors)
-    return 1
+    return Done(1)
 
 
 def _put_together(crew: Crew, spec: FitSpec, layers: Sequence[TrackedLayer], work: str, corrections: list[str]) -> None:
@@ -345,7 +363,7 @@ def _put_together(crew: Crew, spec: FitSpec, layers: Sequence[TrackedLayer], wor
     _round(crew, _factor, jobs, done & set(jobs), Progress("fit: factors", len(jobs), len(done & set(jobs)), "layers"))
 
 
-def _factor(state: Differentiator, job: _Layer) -> int:
+def _factor(state: Differentiator, job: _Layer) -> Done:
     layer, q_in, q_out, corrected = job.layer, None, None, None
     if job.corrections:
         sums = partials.total(job.corrections, lambda key: key == layer.name or key.startswith("count/"))
@@ -356,4 +374,4 @@ def _factor(state: Differentiator, job: _Layer) -> int:
             for side, name in (("A", layer.reads), ("B", layer.name))
         )
     save_factor(job.url, make_factor(layer, job.kind, q_in, q_out, corrected))
-    return 1
+    return Done(1)

@@ -23,13 +23,14 @@ from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.corpus.units import Manifest
-from curate.models.engines import EngineDead, GenerationSpec, make_engine, row_seed
-from curate.models.load import load_tokenizer
+from curate.models.engines import GenerationSpec, make_engine, row_seed
+from curate.models.flops import cost_of
+from curate.models.load import load_tokenizer, resolve_device, resolve_dtype
+from curate.models.peak import device_peak
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
-from curate.runtime.stream import DEAD_DEVICE_EXIT
 
 PART_SCHEMA = pa.schema(
     [
@@ -76,21 +77,22 @@ def generation_recipe(
 class GenerateWorker:
     """One actor: a vLLM (or transformers) engine; a chunk of prompts in, a committed part of responses out."""
 
-    def __init__(self, spec: GenerateSpec, threads: int) -> None:
+    def __init__(self, spec: GenerateSpec, threads: int, peak_tflops: float | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
         self.spec = spec
         self.engine = make_engine(spec.reader.model, spec.generation)
+        model, generation = spec.reader.model, spec.generation
+        self.cost = cost_of(model)
+        device = resolve_device(model.device)
+        peak = device_peak(device, resolve_dtype(generation.dtype, device), peak_tflops)
+        self.peak = None if peak is None else peak * generation.tensor_parallel
 
     def __call__(self, item: bytes) -> bytes:
         began = time.perf_counter()
         chunk = Chunk.from_bytes(item)
         prompts = [r.input_ids for r in chunk.rendered]
         seeds = [row_seed(self.spec.generation.seed, e.id) for e in chunk.examples]
-        try:
-            made = self.engine.generate(prompts, seeds)
-        except EngineDead as e:
-            print(f"the generation engine has died ({e}); this actor ends and is replaced", flush=True)
-            os._exit(DEAD_DEVICE_EXIT)
+        made = self.engine.generate(prompts, seeds)
         bad, rows = list(chunk.bad), []
         for example, answer in zip(chunk.examples, made, strict=True):
             if answer.error is not None:
@@ -112,6 +114,8 @@ class GenerateWorker:
             "rows": chunk.stop - chunk.start,
             "bad": len(bad),
             "tokens": sum(len(a.token_ids) for a in made),
+            "flops": self.cost.generation_flops([len(p) for p in prompts], [len(a.token_ids) for a in made]),
+            "peak": self.peak,
             "seconds": time.perf_counter() - began,
             "rss": psutil.Process().memory_info().rss,
             "engine": self.engine.name,
@@ -120,8 +124,8 @@ class GenerateWorker:
         return json.dumps(summary).encode()
 
 
-def _worker(spec: GenerateSpec, threads: int) -> Callable[[bytes], bytes]:
-    return GenerateWorker(spec, threads)
+def _worker(spec: GenerateSpec, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
+    return GenerateWorker(spec, threads, peak_tflops)
 
 
 def generate(
@@ -135,7 +139,8 @@ def generate(
         CorpusError: more than `max_bad_fraction` of the prompts cannot be used.
     """
     reader = replace(spec.reader, generations=None, prompts_only=True)
-    make = partial(_worker, replace(spec, reader=reader), max(1, round(session.engines.cpus)))
+    threads = max(1, round(session.engines.cpus))
+    make = partial(_worker, replace(spec, reader=reader), threads, session.peak_tflops)
     where = storage.join(spec.output.url, "artifact.json")
 
     def told(answer: dict[str, Any]) -> None:

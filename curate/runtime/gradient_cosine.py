@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from curate.runtime.output import Output, read_part, read_parts
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
-from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
+from curate.runtime.stream import fetch, put
 from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.directional.cosine import Cosine
 
@@ -79,11 +78,8 @@ class CosineWorker:
 
     def __call__(self, item: bytes) -> bytes:
         chunk = Chunk.from_bytes(item)
-        try:
-            with spliced(self.model, self.sae):
-                found = self.cosine.run(chunk.rendered).scores
-        except torch.AcceleratorError:
-            os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+        with spliced(self.model, self.sae):
+            found = self.cosine.run(chunk.rendered).scores
         good = np.isfinite(found).all(axis=1)
         bad = list(chunk.bad)
         for i in np.flatnonzero(~good):

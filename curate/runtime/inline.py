@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from curate.runtime.memory import out_of_memory_in_words
+from curate.runtime.lost import device_errors_in_words
 
 _ON: ContextVar[bool] = ContextVar("curate_inline", default=False)
 
@@ -47,10 +47,10 @@ def run_inline(
     """What `stream` does: one worker, each item read and answered in turn."""
     if not items:
         return
-    with out_of_memory_in_words():
+    with device_errors_in_words():
         work = make_worker()
     for item in items:
         for chunk in read(item) if read is not None else (item,):
-            with out_of_memory_in_words():
+            with device_errors_in_words():
                 answer = work(chunk)
             yield answer

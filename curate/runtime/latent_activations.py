@@ -16,7 +16,6 @@ layer, and latents that do not fire are never written. A row whose states are no
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +43,7 @@ from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.select import file_spans
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
-from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
+from curate.runtime.stream import fetch, put
 
 _CELLS = 1 << 26  # tokens × latents of one encoding: a quarter of a GB in float32
 _LISTS = {"latents": pa.int32(), "mean": pa.float32(), "max": pa.float32(), "peak": pa.int32()}
@@ -135,11 +134,8 @@ class LatentWorker:
 
     def __call__(self, item: bytes) -> bytes:
         chunk = Chunk.from_bytes(item)
-        try:
-            with torch.no_grad():
-                found = self._run(chunk.rendered)
-        except torch.AcceleratorError:
-            os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+        with torch.no_grad():
+            found = self._run(chunk.rendered)
         bad = list(chunk.bad)
         good = [i for i, row in enumerate(found) if row is not None]
         for i in sorted(set(range(len(found))) - set(good)):

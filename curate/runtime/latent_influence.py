@@ -10,7 +10,6 @@ Influence is as `curate.scoring.latent` gives it: per token and latent, zero whe
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
-from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
+from curate.runtime.stream import fetch, put
 from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.latent.base import RowLatents
 from curate.scoring.latent.make import make_latent_backend
@@ -150,10 +149,7 @@ class LatentWorker:
         began = time.perf_counter()
         given = Candidates.from_bytes(item)
         chunk = given.chunk
-        try:
-            found = self._run(chunk.rendered, given.items)
-        except torch.AcceleratorError:
-            os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+        found = self._run(chunk.rendered, given.items)
         bad = list(chunk.bad)
         pairs: list[dict[str, Any]] = []
         for i, (example, row) in enumerate(zip(chunk.examples, found, strict=True)):

@@ -59,6 +59,7 @@ class Lease:
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._lost: CurateError | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Lease:
         """Raises:
@@ -102,7 +103,11 @@ class Lease:
         return None
 
     def _renew(self) -> None:
-        while not self._end.wait(self.seconds / 4):
+        while not self._end.wait(self.seconds / 4) and self._lost is None:
+            self._renew_once()
+
+    def _renew_once(self) -> None:
+        with self._lock:
             renewed = replace(self._mine, renewed=self._clock())
             try:
                 if not exchange.swap(self.url, self._written, renewed.to_bytes()):
@@ -116,22 +121,20 @@ class Lease:
                     self._lost = LeaseError(f"the lease {self.url} could not be renewed ({e}); run again")
                     return
                 say(f"WARNING: the lease could not be renewed, trying again: {e}")
-                continue
+                return
             self._mine, self._written = renewed, renewed.to_bytes()
 
     def check(self) -> None:
-        """Still the owner? To be asked before a result is committed.
+        """Still the owner? To be asked before a result is committed. A lease that went stale while this process stood
+        still, and that nobody has taken, is renewed.
 
         Raises:
-            LeaseError: another process has taken over.
+            LeaseError: another process has taken over, or the lease cannot be renewed.
         """
+        if self._lost is None and not self._mine.live(self._clock()):
+            self._renew_once()
         if self._lost is not None:
             raise self._lost
-        if not self._mine.live(self._clock()):
-            raise LeaseError(
-                f"the lease {self.url} has not been renewed for longer than audit.lease_seconds={self.seconds:g}; "
-                f"nothing was committed; run again"
-            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -44,10 +44,10 @@ def claim(url: str, recipe: Recipe, place: str) -> None:
     stored = read_recipe(url, place)
     if stored is not None:
         recipe.refuse_other(stored, place)
-        storage.remove_stale_temps(place)
-        return
-    storage.check_writable(place)
-    storage.write_atomic(url, recipe.to_json())
+    else:
+        storage.check_writable(place)
+        storage.write_atomic(url, recipe.to_json())
+    storage.remove_stale_temps(place)  # where there was no recipe too: its writer may have been killed while it wrote
 
 
 @dataclass(frozen=True)

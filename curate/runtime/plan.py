@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from curate.concepts.concept import Concept
 from curate.corpus.chunk import Chunk
@@ -21,7 +21,8 @@ from curate.curvature.blocks import Block, Dense, LowRank
 from curate.curvature.test_vector import TestVector, TestVectorHeader
 from curate.errors import CorpusError
 from curate.models.engines import GenerationSpec, make_engine, row_seed
-from curate.models.load import ModelSpec, resolve
+from curate.models.flops import cost_of
+from curate.models.load import ModelSpec
 from curate.models.tap import n_layers
 from curate.models.tracked import LayerChoice, TrackedLayer, tracked_layers
 from curate.runtime.reader import ReaderSpec, read_pieces
@@ -29,7 +30,6 @@ from curate.runtime.score import load_models
 from curate.runtime.session import Pool, Session
 from curate.runtime.stream import fetch, put, stream
 from curate.scoring.base import Needs
-from curate.scoring.flops import forward_cost
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
 
@@ -239,8 +239,7 @@ def _flops(spec: PlanSpec, needs: Needs, rendered: Sequence[Rendered], deepest: 
     if not needs.model:
         return 0.0
     model = spec.reader.model
-    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
-    cost = forward_cost(config)
+    cost = cost_of(model)
     lengths = [r.stop for r in rendered]
     loss_tokens = sum(r.end - r.start for r in rendered) if needs.gradients else 0
     total = cost.flops(lengths, deepest, loss_tokens)

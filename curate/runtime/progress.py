@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -25,6 +25,17 @@ def show_log() -> None:
 
     transformers_logging.disable_progress_bar()
     events.listen()
+
+
+class Done(NamedTuple):
+    """What an actor answers of one piece of work: see `Progress.add`."""
+
+    rows: int
+    tokens: int = 0
+    bad: int = 0
+    flops: float = 0.0
+    busy: float = 0.0
+    peak: float | None = None
 
 
 class Progress:

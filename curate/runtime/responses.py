@@ -26,7 +26,7 @@ from curate.evaluation.base import Evaluator, Likelihood
 from curate.evaluation.likelihood import likelihoods
 from curate.models import adapter as lora
 from curate.models.adapter import Wardrobe
-from curate.models.engines import Engine, EngineDead, GenerationSpec, make_engine, row_seed
+from curate.models.engines import Engine, GenerationSpec, make_engine, row_seed
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id
 from curate.models.locate import locate
 from curate.models.splice import spliced
@@ -41,10 +41,8 @@ from curate.runtime.evaluation_files import (
     save_likelihoods,
 )
 from curate.runtime.events import say
-from curate.runtime.inline import is_inline
 from curate.runtime.progress import Progress
 from curate.runtime.session import Session
-from curate.runtime.stream import DEAD_DEVICE_EXIT
 
 BLOCK_BATCHES = 16  # of likelihoods, in one call of an actor
 BLOCK_FILLS = 4  # of an engine's `max_batch`, in one call
@@ -252,14 +250,8 @@ class _Answerer:
     def answer(self, block: _Prompts) -> list[Answer]:
         seeds = [row_seed(block.sampling.seed, name) for name, _ in block.prompts]
         adapter = None if block.adapter is None else locate(block.adapter)
-        try:
-            with self._spliced(block.sae):
-                made = self.engine.generate([ids for _, ids in block.prompts], seeds, adapter, block.sampling)
-        except EngineDead as e:
-            if is_inline():
-                raise
-            print(f"the generation engine has died ({e}); this actor ends and is replaced", flush=True)
-            os._exit(DEAD_DEVICE_EXIT)
+        with self._spliced(block.sae):
+            made = self.engine.generate([ids for _, ids in block.prompts], seeds, adapter, block.sampling)
         return [
             Answer(name, a.text, len(a.token_ids), a.finish_reason)
             for (name, _), a in zip(block.prompts, made, strict=True)

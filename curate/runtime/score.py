@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
 from curate.runtime.stage import StageResult, run_units
-from curate.runtime.stream import DEAD_DEVICE_EXIT, fetch, put
+from curate.runtime.stream import fetch, put
 from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.base import Needs
 from curate.scoring.registry import make_scorers
@@ -92,11 +91,8 @@ class ScoreWorker:
             return self._score(chunk, began)
 
     def _score(self, chunk: Chunk, began: float) -> bytes:
-        try:
-            own = [o[1] if o else None for o in chunk.own]
-            found = self.shared.run(chunk.examples, chunk.rendered, own)
-        except torch.AcceleratorError:
-            os._exit(DEAD_DEVICE_EXIT)  # the device is lost: be replaced on a sound one, not retried here
+        own = [o[1] if o else None for o in chunk.own]
+        found = self.shared.run(chunk.examples, chunk.rendered, own)
         scores = found.columns
         bad = list(chunk.bad)
         good = np.ones(len(chunk.examples), dtype=bool)

@@ -15,7 +15,7 @@ import psutil
 import ray
 import torch
 
-from curate.errors import ConfigError
+from curate.errors import ConfigError, WorkerError
 from curate.runtime import metrics
 from curate.runtime.cluster import ClusterSpec
 from curate.runtime.inline import inline
@@ -26,16 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pool:
-    """A fixed pool of `size` actors, each with its share of the machine."""
+    """A fixed pool of `size` actors, each with its share of the machine. `restarts`: how often one is replaced, bounded
+    so that a deadly row ends the job."""
 
     size: int
     cpus: float
     gpus: float
-
-    @staticmethod
-    def retries() -> dict[str, Any]:
-        """How often an actor is replaced and a call repeated: bounded, so that a deadly row ends the job."""
-        return {"max_restarts": 20, "max_task_retries": 5}
+    restarts: int = 10
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ def _start(spec: ClusterSpec) -> None:
     if _joins(spec):
         address = spec.ray_address if spec.address == "existing" else os.environ["RAY_ADDRESS"]
         try:
-            ray.init(address=address, **quiet)
+            with _hushed():
+                ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise ConfigError(
                 f"no Ray cluster answers at cluster.ray_address={address!r} ({e}). Start one with "
@@ -106,8 +104,20 @@ def _start(spec: ClusterSpec) -> None:
             ) from e
         return
     memory: dict[str, Any] = {"object_store_memory": int(spec.object_store_gb * 2**30)} if spec.object_store_gb else {}
-    with _hushed():
-        ray.init(address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory)
+    try:
+        with _hushed():
+            ray.init(
+                address="local", num_cpus=spec.cpus, num_gpus=spec.gpus, include_dashboard=False, **quiet, **memory
+            )
+    except Exception as e:  # Ray has no class for it
+        if "timed out during startup" not in str(e):
+            raise
+        load, cores = psutil.getloadavg()[0], psutil.cpu_count()
+        raise WorkerError(
+            f"Ray did not start on this machine within its 30 seconds (load {load:.1f} on {cores} cores). Nothing was "
+            f"begun: run the same command when the machine is less busy, or join a cluster that runs already with "
+            f"cluster=existing."
+        ) from e
 
 
 def _session(spec: ClusterSpec) -> Session:
@@ -171,7 +181,7 @@ def session(spec: ClusterSpec) -> Iterator[Session]:
         data = ray.data.DataContext.get_current()
         data.enable_progress_bars = False
         data.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is wrong arrives as an exception as well
         with at_least(spec.cpus, spec.gpus, spec.wait_seconds) if mine and _joins(spec) else nullcontext():
             yield _session(spec)
     finally:

@@ -1,14 +1,17 @@
 """Streaming of work items through Ray Data: CPU tasks that read, then a fixed actor pool that scores and commits.
 
-In: items as dicts, a reader function, an actor class. Out: one small summary dict an item, as they finish. Every block
-holds one item, so that what a reader yields is what one actor call gets, whatever Ray's block sizes are.
+In: items, a reader function, a function that makes a worker. Out: one small answer for each chunk that a reader yields,
+as they finish. Every chunk is a block of its own, so that it is one actor's call as soon as it is read.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,16 @@ import ray
 from curate import errors
 from curate.errors import CurateError, WorkerError
 from curate.runtime import events, metrics
+from curate.runtime.events import say
 from curate.runtime.inline import Held, is_inline, run_inline
+from curate.runtime.lost import LOST, Life
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool, Readers
 
-DEAD_DEVICE_EXIT = 13
+READS = 4096
+"""Tasks that read, at most, of a stream: one for each item took half as long again and as much memory of the driver."""
+GRACE_S = 30.0
+"""What workers of a stream that ends early get to end and commit what they were given."""
 _DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -57,6 +65,7 @@ class _Stage:
         events.enter(scene)
         metrics.count("curate_worker_starts", 1)
         self.failed: CurateError | None = None
+        self.life = Life()
         try:
             with out_of_memory_in_words():
                 self.work = make()
@@ -70,11 +79,51 @@ class _Stage:
             return _row(error=self.failed)
         try:
             with out_of_memory_in_words():
-                return _row(self.work(batch["item"][0]))
+                answer = _row(self.work(batch["item"][0]))
+            self.life.answered = True
+            return answer
+        except LOST as e:
+            return _row(error=self.life.end(e))
         except CurateError as e:
             return _row(error=e)
         finally:
             metrics.flush()
+
+
+class _Actors:
+    """Those of one stream. They have names, by which they are found when it ends early."""
+
+    def __init__(self) -> None:
+        self._prefix, self._numbers = f"stream-{secrets.token_hex(8)}", count()
+        self._leaving: dict[ray.ObjectRef, Any] = {}
+
+    def name(self) -> dict[str, str]:
+        return {"name": f"{self._prefix}-{next(self._numbers)}"}
+
+    def dismiss(self) -> None:
+        """Have each leave when it has answered what it was given."""
+        if not ray.is_initialized():  # a stream that is left after its session; asking would start another Ray
+            return
+        with suppress(ray.exceptions.RayError):  # a cluster that is gone itself; what ended the stream is to be told
+            for name in ray.util.list_named_actors():
+                if name.startswith(self._prefix):
+                    with suppress(ValueError):  # it has ended since
+                        actor = ray.get_actor(name)
+                        self._leaving[actor.__ray_terminate__.options(max_task_retries=0).remote()] = actor
+
+    def wait(self) -> None:
+        """Until those that were dismissed are gone, GRACE_S at most, and kill the others.
+
+        Else one would still commit, or leave a half file, when the caller has long been told that the stream has ended.
+        """
+        if not self._leaving:
+            return
+        _, late = ray.wait([*self._leaving], num_returns=len(self._leaving), timeout=1.0)
+        if late:
+            say(f"waiting for workers to end what they have begun, {GRACE_S:.0f} s at most", workers=len(late))
+            _, late = ray.wait(late, num_returns=len(late), timeout=GRACE_S)
+        for ref in late:
+            ray.kill(self._leaving[ref])
 
 
 def _raise(told: str) -> None:
@@ -110,7 +159,8 @@ def stream(
     """Stream `items` through readers and the pool; yields each worker's answer as it comes, in any order.
 
     `chunks` is how many the items give when read, if more than one each: no more actors than that are started.
-    `make_worker` runs once in each actor's constructor (and again in one that replaces it).
+    `make_worker` runs once in each actor's constructor (and again in one that replaces it). When an error ends the
+    stream, or it is closed, workers end what they were given first; afterwards none of them is at work.
 
     Raises:
         CurateError: raised in a reader or a worker; the first one ends the stream.
@@ -121,17 +171,45 @@ def stream(
         return
     if not items:
         return
+    actors = _Actors()
+    answers = _streamed(items, make_worker, pool, read, readers, chunks, actors)
+    try:
+        for answer in answers:
+            if answer["error"]:
+                _raise(answer["error"])
+            yield answer["item"]
+    except (Exception, GeneratorExit) as e:  # not an interrupt: who sends one does not want to wait
+        actors.dismiss()
+        answers.close()  # or Ray Data would give work to those that are left
+        actors.wait()
+        if isinstance(e, ray.exceptions.RayError):
+            raise worded(e) from e
+        raise
+
+
+def _streamed(
+    items: Sequence[bytes],
+    make_worker: Callable[[], Callable[[bytes], bytes]],
+    pool: Pool,
+    read: Callable[[bytes], Iterator[bytes]] | None,
+    readers: Readers | None,
+    chunks: int,
+    actors: _Actors,
+) -> Generator[dict[str, Any]]:
+    """The rows of `_row`, one for each answer."""
     size = min(pool.size, max(len(items), chunks))
-    data: ray.data.Dataset = ray.data.from_items(
-        [{"item": i, "error": ""} for i in items], override_num_blocks=len(items)
-    )
+    blocks = len(items) if read is None else min(len(items), READS)
+    data: ray.data.Dataset = ray.data.from_items([{"item": i, "error": ""} for i in items], override_num_blocks=blocks)
+    # Else Ray gathers what a reader yields up to 128 MiB, and one actor gets a whole unit of many chunks in one call.
+    data.context.target_max_block_size = 1
     if read is not None:
         readers = readers or Readers(1, 0.25)
         data = data.map_batches(
             _reading(read, events.scene()), batch_size=1, num_cpus=readers.cpus, concurrency=readers.size
         )
     with warnings.catch_warnings():
-        # Ray 2.60 has no other way to bound the retries, which are endless by default, and warns of the next one.
+        # Ray 2.60 has no other way to bound the retries, which are endless by default, or to name the actors, and it
+        # warns that the next one may have another.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         data = data.map_batches(
             _Stage,
@@ -140,15 +218,17 @@ def stream(
             compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            **pool.retries(),
+            ray_remote_args_fn=actors.name,
+            max_restarts=pool.restarts,
+            # Not bounded too: until Ray has noticed that a node is gone, every attempt to reach it counts as one.
+            max_task_retries=-1,
         )
-    try:
-        for row in data.iter_rows():
-            if row["error"]:
-                _raise(row["error"])
-            yield row["item"]
-    except ray.exceptions.RayError as e:
-        raise worded(e) from e
+    # Not iter_rows: it holds an answer, or an error, back until the next one has come; nor iter_batches, each call of
+    # which leaves a thread behind.
+    for bundle in data.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            (row,) = ray.get(entry.ref).to_pylist()
+            yield row
 
 
 def put(value: Any) -> ray.ObjectRef | Held:

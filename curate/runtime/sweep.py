@@ -27,6 +27,7 @@ from curate.runtime.progress import Progress
 from curate.runtime.session import Session
 from curate.runtime.stream import worded
 from curate.runtime.train import DONE, TrainSpec, Watch, finished, train
+from curate.training.log import share_of_peak
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run_trainings(specs: Mapping[str, TrainSpec], session: Session, at_once: int
     with Watch(under_way, _say_lines):
         for key, done, failed in _each(items, session, room):
             out[key] = Outcome(done, failed, now=True)
-            progress.add(1, done["tokens"] if done else 0)
+            progress.add(1, *((done["tokens"], 0, done["flops"], done["seconds"], done["peak"]) if done else ()))
             _say_end(key, done, failed, f"{progress.rows}/{progress.total}")
     progress.close()
     return {key: out[key] for key in specs}
@@ -104,7 +105,8 @@ def _say_lines(lines: Mapping[str, Mapping[str, Any]]) -> None:
     """How far the trainings are that run now, in one line: a long one is not to be silent until it ends."""
     step, of = (sum(line[name] for line in lines.values()) for name in ("step", "of"))
     rate = sum(line["tokens"] / max(line["seconds"], 1e-9) for line in lines.values())
-    say(f"sweep: {len(lines)} under way, {step:,}/{of:,} of their steps", rate=f"{rate:.0f} tokens/s")
+    shares = share_of_peak(lines.values())
+    say(f"sweep: {len(lines)} under way, {step:,}/{of:,} of their steps", rate=f"{rate:.0f} tokens/s", **shares)
 
 
 def _say_end(key: str, done: Mapping[str, Any] | None, failed: str | None, count: str) -> None:

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from curate.corpus.chunk import Chunk
 from curate.corpus.render import Rendered
 from curate.errors import CorpusError
 from curate.evaluation.base import Evaluator
-from curate.models.load import ModelSpec, resolve
+from curate.models.flops import cost_of
+from curate.models.load import ModelSpec
 from curate.runtime.session import Session
 from curate.runtime.stream import stream
-from curate.scoring.flops import forward_cost
+from curate.training.flops import TrainingCost
 from curate.training.spec import TrainingSpec
 
 MEASURED_STEPS = 3
@@ -84,12 +84,12 @@ def training_cost(
         raise CorpusError(f"none of the sampled rows can be used; the first reason: {reasons[0] if reasons else '–'}")
     lengths = [r.end for r in rendered]
     per_row = float(np.mean(lengths))
-    config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
-    cost = forward_cost(config)
+    cost = cost_of(model)
     of_loss = sum(r.end - max(r.start, 1) for r in rendered)
-    forward = cost.flops(lengths, None, of_loss)
-    # Backward: to the activations as much again; to the weights too, where all of them are trained.
-    flops = forward + cost.gradient_flops(lengths, 0, of_loss) + (forward if training.method == "full" else 0.0)
+    # Of an adapter's own products, some hundredths, nothing is known here.
+    weights = (cost.blocks * cost.block, cost.head) if training.method == "full" else (0.0, 0.0)
+    counts = float(sum(lengths)), float(sum(n * n for n in lengths)), float(of_loss)
+    flops = TrainingCost(cost, *weights).flops(*counts)
     rate = _measured(model, training, rendered, session)
     seen = training.epochs * sum(rows)
     return Cost(

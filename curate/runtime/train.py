@@ -129,21 +129,23 @@ def train(spec: TrainSpec, session: Session, told: Callable[[dict[str, Any]], No
         if spec.training.workers > 1:
             raise ConfigError(f"training.workers={spec.training.workers} needs Ray; inline runs have one process")
         with heard:
-            return _work(spec, max(1, round(session.scorers.cpus)), lambda line: None)
+            return _work(spec, max(1, round(session.scorers.cpus)), lambda line: None, session.peak_tflops)
     storage.remove(storage.join(spec.url, FAILED))
     with heard:
         _by_ray(spec, session)
     return _outcome(spec)
 
 
-def _work(spec: TrainSpec, threads: int, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _work(
+    spec: TrainSpec, threads: int, report: Callable[[dict[str, Any]], None], peak_tflops: float | None
+) -> dict[str, Any]:
     """One worker's part, in its own process."""
     from curate.training.finetune import finetune  # seconds, which a driver should not pay
 
     torch.set_num_threads(threads)
     with scratch("rows") as folder:
         rows = load_rows(spec.tokens.parts, spec.keep, folder, lambda urls: read_parts(urls, PART_COLUMNS))
-        return finetune(spec.training, spec.model, rows, spec.url, report, spec.identity)
+        return finetune(spec.training, spec.model, rows, spec.url, report, spec.identity, peak_tflops)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -155,7 +157,7 @@ def _worker(config: dict[str, Any]) -> None:
     if storage.exists(failed):
         return
     try:
-        _work(spec, config["threads"], ray.train.report)
+        _work(spec, config["threads"], ray.train.report, config["peak_tflops"])
     except CurateError as e:
         storage.write_atomic(failed, json.dumps({"error": type(e).__name__, "message": str(e)}))
         if spec.training.workers > 1:
@@ -178,7 +180,12 @@ def _by_ray(spec: TrainSpec, session: Session) -> None:
     with scratch("ray") as notes:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"spec": spec, "threads": max(1, round(pool.cpus)), "scene": events.scene()},
+            train_loop_config={
+                "spec": spec,
+                "threads": max(1, round(pool.cpus)),
+                "peak_tflops": session.peak_tflops,
+                "scene": events.scene(),
+            },
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(pool.gpus),

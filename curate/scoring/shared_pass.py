@@ -24,12 +24,12 @@ from curate.corpus.example import Example
 from curate.corpus.render import Rendered
 from curate.errors import ConfigError
 from curate.models.batching import collate, token_batches
+from curate.models.flops import ForwardCost, model_cost
 from curate.models.pooling import response_mean, response_sum
 from curate.models.response_loss import loss_counts, summed_response_loss
 from curate.models.tap import LayerTap, width
 from curate.scoring.base import Batch, Columns, Needs, PassStats, Scorer
 from curate.scoring.directional.joint import Joint, joint_passes
-from curate.scoring.flops import ForwardCost, model_cost
 from curate.scoring.readouts import pooled_readout
 
 K = TypeVar("K", int, str)

@@ -55,9 +55,9 @@ class StepPlan:
         batches = [ordered[at : at + self.micro].tolist() for at in range(0, self.spec.batch_size, self.micro)]
         return batches[self.rank :: self.spec.workers]
 
-    def tokens(self) -> Int[np.ndarray, " steps"]:
-        """Tokens of every step, over all workers."""
-        return np.array([self.lengths[rows].sum() for rows in self._steps()])
+    def sums(self, of_rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " steps"]:
+        """Of a number that each row has, the sum over every step's rows, of all workers."""
+        return np.array([of_rows[rows].sum() for rows in self._steps()])
 
 
 class BatchRows:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,12 +27,14 @@ from connectors import storage
 from curate.errors import TrainingError, WorkerError
 from curate.models import adapter as lora
 from curate.models.load import DTYPES, ModelSpec, load_tokenizer, resolve_device
+from curate.models.peak import device_peak
 from curate.training import checkpoints
 from curate.training.adapt import causal_lm, load_for_training, seeded
 from curate.training.batches import BatchRows, StepPlan, make_batch
+from curate.training.flops import TrainingCost, training_cost
 from curate.training.log import TrainingLog
 from curate.training.loss import sum_response_loss
-from curate.training.rows import row_lengths
+from curate.training.rows import row_lengths, row_losses
 from curate.training.scratch import scratch
 from curate.training.spec import TrainingSpec
 
@@ -54,6 +57,7 @@ def finetune(
     url: str,
     report: Report = lambda line: None,
     base: Mapping[str, Any] | None = None,
+    peak_tflops: float | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training. The loss of a step is the mean cross-entropy of all its response tokens (nats).
 
@@ -63,10 +67,12 @@ def finetune(
         report: called by every worker at every line of the log; the same line for all.
         base: what the model is (models.load.identity), to be written beside an adapter, so that no other is put under
             it.
+        peak_tflops: what a worker's device can do (10¹² FLOP/s); None: measured on a GPU.
 
     Returns:
-        What done.json holds: steps, rows (of an epoch), tokens (seen in all), seconds, first_loss, final_loss, device,
-        result (the URL of the adapter or model).
+        What done.json holds: steps, rows (of an epoch), tokens (seen in all), flops, seconds, first_loss, final_loss,
+        device, peak (FLOP/s that the workers' devices can do together, None: not known), result (the URL of the adapter
+        or model).
 
     Raises:
         TrainingError: no rows, or a loss that is no number; names the step.
@@ -74,7 +80,7 @@ def finetune(
     """
     if not len(rows):
         raise TrainingError("there are no rows to train on")
-    run = _Run(training, model, rows, url, report, base)
+    run = _Run(training, model, rows, url, report, base, peak_tflops)
     with seeded(training.seed), scratch("checkpoints") as folder:
         try:
             return run.go(folder)
@@ -141,26 +147,36 @@ class _Run(TrainerCallback):
         url: str,
         report: Report,
         base: Mapping[str, Any] | None,
+        peak_tflops: float | None,
     ) -> None:
         self.training, self.model, self.rows, self.url, self.report = training, model, rows, url, report
         self.base = base
         self.checkpoints = storage.join(url, CHECKPOINTS)
         self.rank = int(os.environ.get("RANK", 0))
         self.plan = StepPlan(row_lengths(rows), training, self.rank)
-        self.seen = self.plan.tokens().cumsum()
+        self.seen = self.plan.sums(self.plan.lengths).cumsum()
         self.device = resolve_device(model.device)
+        peak = device_peak(self.device, torch.bfloat16 if training.dtype == "bfloat16" else torch.float32, peak_tflops)
+        self.peak = None if peak is None else peak * training.workers
 
     def go(self, folder: Path) -> dict[str, Any]:
         resumed = self._fetch(folder)
         self.log = TrainingLog(self.url, resumed or 0)
         self.before, self.began = self.log.seconds, time.perf_counter()
         model = load_for_training(self.model, self.training)
+        self.flops = self._flops(training_cost(model))
         with sum_response_loss(causal_lm(model)):
             arguments = self._arguments(folder)
             trainer = _Trainer(self.plan, self.rows, model=model, args=arguments, callbacks=[self])
             trainer.remove_callback(PrinterCallback)  # which prints every line of the log once more
             trainer.train(resume_from_checkpoint=None if resumed is None else str(folder / f"checkpoint-{resumed}"))
         return self._finish(trainer, folder)
+
+    def _flops(self, cost: TrainingCost) -> np.ndarray:
+        """Since the beginning, at the end of each step."""
+        lengths = self.plan.lengths
+        counts = (self.plan.sums(n).astype(np.float64) for n in (lengths, lengths**2, row_losses(self.rows)))
+        return cost.flops(*counts).cumsum()
 
     def _fetch(self, folder: Path) -> int | None:
         """Copy the newest whole checkpoint to where the Trainer looks for it; its step."""
@@ -227,6 +243,8 @@ class _Run(TrainerCallback):
             "grad_norm": float(logs.get("grad_norm", math.nan)),
             "rows": self._rows_seen(step),
             "tokens": int(self.seen[step - 1]),
+            "flops": float(self.flops[step - 1]),
+            "peak": self.peak,
             "seconds": self.before + time.perf_counter() - self.began,
         }
         self.log.add(line) if self.rank == 0 else self.log.lines.append(line)
@@ -260,10 +278,12 @@ class _Run(TrainerCallback):
             "steps": self.plan.steps,
             "rows": len(self.rows),
             "tokens": int(self.seen[-1]),
+            "flops": float(self.flops[-1]),
             "seconds": round(lines[-1]["seconds"], 3),
             "first_loss": lines[0]["loss"],
             "final_loss": lines[-1]["loss"],
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "peak": self.peak,
             "result": result,
         }
         if self.rank == 0:

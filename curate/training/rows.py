@@ -87,3 +87,9 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     """Tokens of every row, int64 [rows]."""
     chunks = rows.data.column("input_ids").chunks
     return np.concatenate([pc.list_value_length(c).to_numpy(zero_copy_only=False) for c in chunks]).astype(np.int64)
+
+
+def row_losses(rows: Dataset) -> np.ndarray:
+    """Of every row the tokens that have a loss, int64 [rows]."""
+    starts = np.concatenate([c.to_numpy(zero_copy_only=False) for c in rows.data.column("start").chunks])
+    return row_lengths(rows) - np.maximum(starts, 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import socket
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import trustme
 
 from connectors import webhook
 from connectors.webhook import Target, deliver
@@ -177,6 +179,54 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(receiver, 
     deliver(to(r.url("h.example"), ("h.example",)), SECRET, BODY, "d")
     ((_, headers, _),) = r.got
     assert headers["Host"] == f"h.example:{r.port}"
+
+
+@pytest.fixture
+def https(receiver, monkeypatch, tmp_path):
+    """A receiver on https, by a certificate for `names`, of an authority that `trusted` says is ours."""
+
+    def make(*names: str, trusted: bool = True) -> tuple[Receiver, list[str | None]]:
+        authority, asked = trustme.CA(), []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(*names).configure_cert(context)
+        context.sni_callback = lambda _, name, __: asked.append(name)
+        found = receiver(204)
+        found.server.socket = context.wrap_socket(found.server.socket, server_side=True)
+        if trusted:
+            authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        return found, asked
+
+    return make
+
+
+def secure(found: Receiver, **more) -> Target:
+    url = found.url("localhost").replace("http:", "https:")
+    return to(url, hosts=["localhost"], **more)
+
+
+def test_https_is_verified_under_the_name_that_was_allowed(https):
+    found, asked = https("localhost")
+    assert deliver(secure(found), SECRET, BODY, "d1") == 1
+    assert asked == ["localhost"]
+    ((_, headers, body),) = found.got
+    assert headers["Host"] == f"localhost:{found.port}"
+    assert body == BODY
+
+
+@pytest.mark.parametrize(
+    ("names", "trusted", "said"),
+    [
+        (["hooks.example.com"], True, "Hostname mismatch"),
+        (["localhost"], False, "unable to get local issuer certificate"),
+    ],
+)
+def test_a_certificate_that_is_not_trusted_ends_it_in_words(https, names, trusted, said):
+    found, _ = https(*names, trusted=trusted)
+    with pytest.raises(DeliveryError, match=rf"certificate of localhost is not trusted: .*{said}.*SSL_CERT_FILE") as e:
+        deliver(secure(found), SECRET, BODY, "d1")
+    assert "after 1 attempt" in str(e.value)
+    assert found.got == []
 
 
 def test_a_host_that_is_away_is_told_apart():

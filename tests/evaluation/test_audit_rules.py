@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from curate.errors import ConfigError
-from curate.evaluation.audit_rules import TOTAL, Rule, Slice, findings, worst_severity
+from curate.evaluation.audit_rules import TOTAL, Rule, Slice, findings, undecided, worst_severity
 from curate.evaluation.drift import Drift
 
 DRIFT = Drift(
@@ -54,6 +54,26 @@ def test_what_fires(rule, expected):
 def test_what_cannot_be_measured_fires_nothing():
     unknown = replace(DRIFT, psi=None, psi_noise=None, baseline_n=0)
     assert findings([Rule("psi", 0.1)], [Slice(TOTAL, 5, 0, {"a": unknown})], NAMES) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"measure": "psi", "limit": 0.25}, []),
+        ({"measure": "psi", "limit": 0.1}, ["psi > 0.1: 200 rows against 500 show up to 0.12 by chance alone"]),
+        ({"measure": "psi", "limit": 0.1, "op": "below"}, []),
+        ({"measure": "ks", "limit": 0.5, "min_rows": 201},
+         ["ks > 0.5: 200 rows against 500, and the rule has min_rows=201"]),
+        ({"measure": "share_above", "limit": 0.5, "min_rows": 201},
+         ["share_above > 0.5: 200 rows, and the rule has min_rows=201"]),
+        ({"measure": "psi", "limit": 0.1, "column": "other"}, []),
+        ({"measure": "quarantined", "limit": 0.9, "min_rows": 211},
+         ["quarantined > 0.9: 210 rows, and the rule has min_rows=211"]),
+        ({"measure": "new_labels", "limit": 0}, []),
+    ],
+)  # fmt: skip
+def test_what_too_few_rows_leave_undecided(rule, expected):
+    assert undecided([Rule(**rule)], SLICES[0]) == expected
 
 
 def test_a_finding_says_where_what_and_how_much():

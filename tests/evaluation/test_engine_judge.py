@@ -9,10 +9,11 @@ import torch
 
 from curate.corpus.example import Message
 from curate.corpus.render import Renderer
+from curate.errors import EngineDead
 from curate.evaluation import engine_judge
 from curate.evaluation.engine_judge import EngineJudge, splits_numbers
 from curate.evaluation.judge import JudgeScore, fill, summary
-from curate.models.engines import Engine, EngineDead, FirstToken, GenerationSpec, make_engine
+from curate.models.engines import Engine, FirstToken, GenerationSpec, make_engine
 from curate.models.load import ModelSpec, load_model
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -56,7 +57,12 @@ def wait_for_parts(sink: Path, n: int, process, seconds: float = 240) -> int:
 
 def family(pid: int) -> list[psutil.Process]:
     """All processes of a run but Ray's two agents, which write nothing of ours and need a minute to notice."""
-    return [p for p in psutil.Process(pid).children(recursive=True) if "Agent" not in p.name() + "".join(p.cmdline())]
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if "Agent" not in process.name() + "".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def assert_all_gone(processes: list[psutil.Process], seconds: float = 60) -> None:

@@ -44,8 +44,9 @@ def options(corpus: Path | str, model: Path, sink: Path | str, **more: object) -
 
 
 def inline(overrides: list[str]) -> list[str]:
-    """The same without Ray: pool sizes are left out, budgets stay."""
-    pools = [o for o in overrides if o.startswith("cluster.") and not o.startswith("cluster.token_budget")]
+    """The same without Ray: pool sizes are left out, budgets and the peak stay."""
+    kept = ("cluster.token_budget", "cluster.peak_tflops")
+    pools = [o for o in overrides if o.startswith("cluster.") and not o.startswith(kept)]
     return [*(o for o in overrides if o not in pools), "cluster=inline", "cluster.cpus=1"]
 
 

@@ -51,6 +51,34 @@ def test_an_adapter_is_trained_and_found_again(given, model, tmp_path, capsys):
     assert len(list((tmp_path / "store" / "tokens").iterdir())) == 1
 
 
+def test_what_a_training_does_is_counted_once(given, tmp_path, monkeypatch):
+    counted: list[tuple[str, float]] = []
+    shares: list[float] = []
+
+    def count(name: str, n: float, stage: str | None = None) -> None:
+        if stage == "train" and n:
+            counted.append((name, n))
+
+    def level(name: str, value: float, stage: str) -> None:
+        if (name, stage) == ("curate_share_of_peak", "train"):
+            shares.append(value)
+
+    monkeypatch.setattr("curate.runtime.train.EVERY_SECONDS", 0.01)  # lines are told while it runs
+    monkeypatch.setattr("jobs.training.metrics.count", count)
+    monkeypatch.setattr("jobs.training.metrics.level", level)
+    run_job("train", given(**{"training.epochs": 3, "cluster.peak_tflops": 2}))
+    (training,) = (tmp_path / "store" / "trainings").iterdir()
+    done = json.loads((training / "done.json").read_text())
+    sums = {name: sum(n for other, n in counted if other == name) for name, _ in counted}
+    want = {"curate_rows": 90, "curate_tokens": done["tokens"], "curate_flops": done["flops"]}
+    assert sums == pytest.approx(want)
+    last = json.loads((training / "log.jsonl").read_text().splitlines()[-1])
+    assert shares[-1] == pytest.approx(done["flops"] / last["seconds"] / 2e12)
+    counted.clear()
+    run_job("train", given("again", **{"training.epochs": 3, "cluster.peak_tflops": 2}))
+    assert counted == []
+
+
 def test_settings_that_fail_do_not_bar_the_place_to_better_ones(given, tmp_path):
     with pytest.raises(TrainingError, match="loss of step"):
         run_job("train", given(**{"training.learning_rate": 1e30, "training.warmup_steps": 0}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from curate.errors import ConfigError, ModelError
+from curate.errors import ConfigError, EngineDead, EngineGone, ModelError
 from curate.models import engines
-from curate.models.engines import EngineDead, GenerationSpec, make_engine, prompt_error, row_seed, stop_ids
+from curate.models.engines import GenerationSpec, make_engine, prompt_error, row_seed, stop_ids
 from curate.models.load import ModelSpec
 from curate.models.transformers_engine import TransformersEngine, sample
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -258,5 +259,10 @@ class TestVllm:
 
     def test_dead_engine_says_so(self, engine, monkeypatch):
         monkeypatch.setattr(engine._llm, "generate", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("gone")))
-        with pytest.raises(EngineDead, match="RuntimeError: gone"):
+        with pytest.raises(EngineDead, match="RuntimeError: gone") as said:
+            engine.generate(PROMPTS, SEEDS)
+        assert not isinstance(said.value, EngineGone)
+        ended = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError()
+        monkeypatch.setattr(engine._llm, "generate", lambda *a, **k: (_ for _ in ()).throw(ended))
+        with pytest.raises(EngineGone):
             engine.generate(PROMPTS, SEEDS)

@@ -78,22 +78,23 @@ class Upper(torch.nn.Module):
 
 
 def test_weights_that_are_swapped_for_a_call_are_seen() -> None:
-    model, name = tiny_model("llama"), "model.layers.2.mlp.down_proj.weight"
+    model, name = tiny_model("llama").double(), "model.layers.2.mlp.down_proj.weight"
     x = states(model, ids())[2]
-    step = torch.randn(model.get_submodule(name.rpartition(".")[0]).weight.shape)
+    draw = torch.Generator().manual_seed(4)
+    step = torch.randn(model.get_submodule(name.rpartition(".")[0]).weight.shape, generator=draw, dtype=torch.float64)
 
     def f(e: Tensor) -> Tensor:
         moved = {f"model.{name}": model.get_parameter(name) + e * step}
         return torch.func.functional_call(Upper(model), moved, (x,)).sum()
 
     with sdpa_kernel(SDPBackend.MATH):
-        value, slope = torch.func.jvp(f, (torch.zeros(()),), (torch.ones(()),))
+        value, slope = torch.func.jvp(f, (torch.zeros(()).double(),), (torch.ones(()).double(),))
     torch.testing.assert_close(value, downstream(model, 2, x).sum())
-    e = torch.zeros((), requires_grad=True)
+    e = torch.zeros((), dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(slope, torch.autograd.grad(f(e), e)[0])
     with torch.no_grad():
         model.get_parameter(name).add_(1e-2 * step)
-    torch.testing.assert_close(downstream(model, 2, x).sum(), f(torch.zeros(())))
+    torch.testing.assert_close(downstream(model, 2, x).sum(), f(torch.zeros(()).double()))
     assert not torch.isclose(downstream(model, 2, x).sum(), value)
 
 

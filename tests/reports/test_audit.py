@@ -50,6 +50,7 @@ def sample(n: int = 12, drift_from: int = 10) -> AuditPage:
         "label": audits[-1]["label"], "status": audits[-1]["status"], "baseline": "000001", "rows": 2110, "files": 3,
         "grown": 1, "quarantined": 11, "reasons": {"no assistant turn": 9, HOSTILE: 2},
         "left_out": [f"{HOSTILE[:30]} is cut off"],
+        "undecided": [],
         "findings": [finding, {**finding, "severity": "warn"}], "worst": worst, "column": COLUMNS[0],
         "drift": [r for r in history if r["audit"] == f"{n:06d}"], "languages": {"en": 1900, "": 80, "de": 20},
         "new_languages": ["de"], "labels": {"plain": 2000, HOSTILE: 3}, "new_labels": [HOSTILE],
@@ -81,6 +82,9 @@ def test_what_the_page_says():
     assert "up to 0.021 without any drift" in text
     fine = replace(page, latest={**page.latest, "findings": [], "status": "fine"})
     assert "The 2,110 new rows are as the baseline was." in words(fine)
+    unsure = replace(fine, latest={**fine.latest, "undecided": ["psi > 0.25: 98 rows against 104 show up to 0.34"]})
+    assert "No rule fired on the 2,110 new rows, which are too few for 1 of the rules." in words(unsure)
+    assert "Too few rows to conclude psi &gt; 0.25: 98 rows" in words(unsure)
     warned = replace(page, latest={**page.latest, "findings": page.latest["findings"][1:], "status": "warn"})
     assert "1 warning on the 2,110 new rows, and no failure." in words(warned)
 
@@ -116,3 +120,9 @@ def test_the_page_fits_its_window_and_can_be_read(tmp_path, n):
         assert seen["width"] <= width
         assert seen["requests"] == [page.as_uri()]
         assert seen["complaints"] == []
+
+
+def test_audits_of_one_day_are_told_apart_by_the_hour():
+    days = ["2026-11-01T03:15:00Z", "2026-11-02T03:15:00Z"]
+    assert audit.moments(days) == ["2026-11-01", "2026-11-02"]
+    assert audit.moments([*days, "2026-11-02T09:30:59Z"]) == ["11-01 03:15", "11-02 03:15", "11-02 09:30"]

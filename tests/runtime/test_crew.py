@@ -70,16 +70,15 @@ def test_states_live_through_rounds_and_come_back_after_a_death(running, tmp_pat
         assert sorted(x for _, _, x in crew.map(square, [5])) == [25]  # an error does not end the crew
 
 
-def test_what_cannot_start_or_always_dies_is_said_in_words(running, monkeypatch):
+def test_what_cannot_start_or_always_dies_is_said_in_words(running):
     with Crew(broken, POOL) as crew, pytest.raises(ModelError, match="'x' cannot be loaded; give another"):
         list(crew.map(square, [1]))
-    monkeypatch.setattr(Pool, "retries", staticmethod(lambda: {"max_restarts": 1, "max_task_retries": 1}))
-    with Crew(Counter, Pool(1, 0.5, 0)) as crew, pytest.raises(WorkerError, match=r"died again and again"):
+    with Crew(Counter, Pool(1, 0.5, 0, restarts=1)) as crew, pytest.raises(WorkerError, match=r"died again and again"):
         list(crew.map(die, [None]))
 
 
 def test_an_item_that_kills_its_actors_may_have_another_answer(running, monkeypatch):
-    monkeypatch.setattr(Pool, "retries", staticmethod(lambda: {"max_restarts": 4, "max_task_retries": 1}))
+    monkeypatch.setattr("curate.runtime.crew.TRIES", 2)
     with Crew(Counter, Pool(1, 0.5, 0)) as crew:
         found = list(crew.map(die_of_two, [1, 2, 3], lambda x, error: (x, type(error).__name__)))
     assert found == [1, (2, "WorkerError"), 3]

@@ -55,8 +55,18 @@ def test_a_stale_lease_is_taken_over_with_a_word(url, capsys):
     clock.now += 2
     with Lease(url, 60, clock=clock):
         assert "took over a stale lease" in capsys.readouterr().err
-        with pytest.raises(LeaseError, match="not been renewed"):
+        with pytest.raises(LeaseError, match="taken over by another audit"):
             dead.check()  # had it only slept, it would not commit
+
+
+def test_a_stale_lease_that_nobody_took_is_still_its_owner_s(url):
+    clock = Clock()
+    slept = Lease(url, 60, clock=clock)
+    assert slept._try() is None
+    clock.now += 1000
+    slept.check()
+    assert holder(url)["owner"] == slept._mine.owner
+    assert holder(url)["renewed"] == clock.now
 
 
 def test_of_many_takers_of_a_stale_lease_one_gets_it(url):

@@ -26,6 +26,12 @@ def test_a_product_that_is_gone_on_with_is_swept(tmp_path):
     assert not left(tmp_path)
 
 
+def test_a_product_whose_first_writer_was_killed_before_its_recipe_was_there_is_swept(tmp_path):
+    (tmp_path / NAME.replace("00000-00010.parquet", "recipe.json")).write_bytes(b"half")
+    claim(str(tmp_path / "recipe.json"), Recipe("made", {"of": 1}), str(tmp_path))
+    assert not left(tmp_path)
+
+
 @pytest.mark.usefixtures("here")
 def test_a_stage_sweeps_what_replaced_actors_left_and_a_selection_its_shards(corpus, model, tmp_path, monkeypatch):
     sink, commit = tmp_path / "out", Output.commit

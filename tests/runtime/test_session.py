@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import ray
 import torch
 
+from curate.errors import WorkerError
 from curate.runtime.cluster import ClusterSpec
 from curate.runtime.session import session
 
@@ -27,3 +29,15 @@ def test_where_gradients_are_taken_a_gpu_is_given_an_eighth_of_the_tokens(
     spec = ClusterSpec(address="inline", cpus=1, token_budget=forward, gradient_token_budget=gradients)
     with session(spec) as here:
         assert (here.token_budget, here.gradient_token_budget) == expected
+
+
+def test_a_machine_too_busy_to_start_ray_is_told_in_words(monkeypatch):
+    def late(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(WorkerError, match=r"did not start on this machine within its 30 seconds.*cluster=existing"):
+        with session(ClusterSpec()):
+            pass

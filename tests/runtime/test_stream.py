@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +46,47 @@ def test_a_large_item_is_not_cut():
     assert list(stream([big], echo, POOL)) == [big]
 
 
+def waits_for_its_answer(item: bytes):
+    answered = Path(json.loads(item))
+    yield item
+    deadline = time.monotonic() + 120
+    while not answered.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    yield json.dumps("in time" if answered.exists() else "too late").encode()
+
+
+def answer(item: bytes) -> bytes:
+    said = json.loads(item)
+    if said not in ("in time", "too late"):
+        Path(said).touch()
+    return item
+
+
+def test_a_chunk_is_worked_on_while_its_unit_is_still_being_read(tmp_path):
+    """The reader does not read on before its first chunk is answered: a compressed stream may take hours to read."""
+    first = json.dumps(str(tmp_path / "answered")).encode()
+    assert list(stream([first], lambda: answer, POOL, waits_for_its_answer, chunks=2)) == [first, b'"in time"']
+
+
+def waits_for_the_first(item: bytes) -> bytes:
+    told = Path(json.loads(item))
+    deadline = time.monotonic() + 120
+    while told.name == "second" and not (told.parent / "first").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return item
+
+
+def test_an_answer_is_told_before_the_next_one_has_come(tmp_path):
+    """A part may take minutes: progress must not lag by one, and an error not wait for another part."""
+    pair = [json.dumps(str(tmp_path / name)).encode() for name in ("first", "second")]
+    told = []
+    for answer in stream(pair, lambda: waits_for_the_first, Pool(2, 0.5, 0)):
+        told.append(answer)
+        Path(json.loads(answer)).touch()
+    assert told == pair
+
+
 class Reads:
     def __init__(self, ref) -> None:
         self.value = fetch(ref)
@@ -80,10 +124,9 @@ class AlwaysDies:
         os._exit(13)
 
 
-def test_an_item_that_kills_every_worker_ends_the_stream_in_words(monkeypatch):
-    monkeypatch.setattr(Pool, "retries", staticmethod(lambda: {"max_restarts": 1, "max_task_retries": 1}))
+def test_an_item_that_kills_every_worker_ends_the_stream_in_words():
     with pytest.raises(WorkerError, match=r"died again and again.*cluster\.token_budget.*goes on from there"):
-        list(stream(items(1), AlwaysDies, Pool(1, 0.5, 0)))
+        list(stream(items(1), AlwaysDies, Pool(1, 0.5, 0, restarts=1)))
 
 
 class CannotStart:
@@ -118,6 +161,75 @@ class Full:
 def test_errors_of_workers_and_readers_arrive_as_they_are(make, read, kind, words):
     with pytest.raises(kind, match=words):
         list(stream(items(3), make, POOL, read))
+
+
+class Begins:
+    """Notes when it begins an item and when it has ended one; the item 0 ends the stream."""
+
+    def __init__(self, place: Path, seconds: float) -> None:
+        self.place, self.seconds = place, seconds
+
+    def __call__(self, item: bytes) -> bytes:
+        n = json.loads(item)
+        (self.place / f"{n}.begun").touch()
+        if n == 0:
+            while len(list(self.place.glob("*.begun"))) < 2:
+                time.sleep(0.01)
+            raise StorageError("no space left")
+        time.sleep(self.seconds)
+        (self.place / f"{n}.ended").touch()
+        return item
+
+
+def listed(place: Path) -> list[str]:
+    return sorted(x.name for x in place.iterdir())
+
+
+def test_an_error_lets_workers_end_what_they_have_begun_and_nothing_happens_after_it(tmp_path):
+    with pytest.raises(StorageError, match="no space left"):
+        list(stream(items(12), partial(Begins, tmp_path, 1.0), POOL))
+    found = listed(tmp_path)
+    begun = {x.removesuffix(".begun") for x in found if x.endswith(".begun")} - {"0"}
+    assert 1 <= len(begun) < 11
+    assert {x.removesuffix(".ended") for x in found if x.endswith(".ended")} == begun
+    time.sleep(2.5)
+    assert listed(tmp_path) == found
+
+
+def test_a_stream_that_is_left_early_has_no_worker_at_work(tmp_path):
+    answers = stream(items(20)[1:], partial(Begins, tmp_path, 0.5), POOL)
+    next(answers)
+    answers.close()
+    found = listed(tmp_path)
+    assert len(found) < 30
+    time.sleep(1.5)
+    assert listed(tmp_path) == found
+    assert len([x for x in found if x.endswith(".begun")]) == len([x for x in found if x.endswith(".ended")])
+
+
+def test_workers_that_take_too_long_to_end_are_killed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("curate.runtime.stream.GRACE_S", 1.0)
+    with pytest.raises(StorageError, match="no space left"):
+        list(stream(items(3), partial(Begins, tmp_path, 40), POOL))
+    assert time.time() - min(x.stat().st_mtime for x in tmp_path.glob("[12].begun")) < 30
+    assert "waiting for workers" in capsys.readouterr().err
+    time.sleep(1)
+    before = len(list(tmp_path.iterdir()))
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) == before
+    assert not list(tmp_path.glob("*.ended"))
+
+
+def test_a_stream_leaves_no_thread_behind():
+    list(stream(items(1), echo, POOL))
+    before = threading.active_count()
+    for make in (echo, CannotWork, echo, CannotWork):
+        with suppress(StorageError):
+            list(stream(items(3), make, POOL, three))
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert threading.active_count() <= before
 
 
 def double(x: int) -> int:

@@ -82,6 +82,7 @@ def test_how_far_the_running_trainings_are_is_said_before_they_end(tmp_path: Pat
     specs = {name: Fake(str(tmp_path / name), rows) for name, rows in {"few": 1, "many": 3, "some": 2}.items()}
     for spec in specs.values():
         line = {"step": 10 * spec.rows, "of": 100, "tokens": 400 * spec.rows, "seconds": 2.0}
+        line |= {"flops": 1e9 * spec.rows, "peak": 5e9}
         log = TrainingLog(spec.url, 0)
         log.add(line)
         log.write()
@@ -105,4 +106,4 @@ def test_how_far_the_running_trainings_are_is_said_before_they_end(tmp_path: Pat
     found = run_trainings(specs, session(8, 1.0, 0.0), 2)
     assert list(found) == list(specs)
     # Two at once, the largest first; the third has not begun in this run, whatever an earlier one left of it.
-    assert said[0] == "sweep: 2 under way, 50/200 of their steps {'rate': '1000 tokens/s'}"
+    assert said[0] == "sweep: 2 under way, 50/200 of their steps {'rate': '1000 tokens/s', 'peak': '25.0%'}"

@@ -62,7 +62,7 @@ def test_workers_share_the_rows_of_every_step(tmp_path, workers, micro):
     for n, rows in enumerate(shuffled_steps(30, 12, 2, 5)):
         got = [i for batches in mine for batch in batches[n * each : (n + 1) * each] for i in batch]
         assert sorted(got) == sorted(rows)
-        assert plans[0].tokens()[n] == lengths[rows].sum()
+        assert plans[0].sums(lengths)[n] == lengths[rows].sum()
 
 
 def test_a_batch(tmp_path):

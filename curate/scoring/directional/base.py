@@ -26,12 +26,12 @@ from curate.curvature.fisher import Reduction
 from curate.curvature.test_vector import TestVector, TestVectorHeader
 from curate.errors import ConfigError, CurvatureError, ModelError
 from curate.models.batching import collate, token_batches
+from curate.models.flops import model_cost
 from curate.models.response_loss import loss_counts
 from curate.models.tap import n_layers
 from curate.models.tracked import is_linear, weight_of
 from curate.scoring.base import PassStats
 from curate.scoring.directional.stacked import Stacked
-from curate.scoring.flops import model_cost
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from curate.curvature.fisher import Reduction
 from curate.curvature.test_vector import TestVector
 from curate.errors import BadRow, ConceptError, ConfigError, CurvatureError, ModelError, near
 from curate.models.batching import collate, token_batches
+from curate.models.flops import model_cost
 from curate.models.response_loss import loss_counts, predicting_mask
 from curate.models.splice import downstream
 from curate.models.tap import LayerTap, n_layers, width
 from curate.scoring.base import PassStats
 from curate.scoring.directional.base import check_layers, sum_dtype
 from curate.scoring.directional.stacked import Stacked
-from curate.scoring.flops import model_cost
 
 Sign = Literal["ours", "paper"]
 # Weights by their name in Downstream; a direction has one more axis in front, the queries.

@@ -29,6 +29,7 @@ WORKS: dict[str, type[Work]] = {**KILLED, Stored.name: Stored}
 KINDS_OF = {
     "score": ("driver", "actor", "reader", "raylet", "node"),
     "generate": ("driver", "actor"),
+    "vllm": ("driver", "actor"),
     "fit": ("driver", "actor", "raylet", "node"),
     "sweep": ("driver", "actor", "node"),
     "audit": ("driver", "actor", "node"),

@@ -52,7 +52,7 @@ def full_disk(trial: Trial, work: Stored, want: Result, folder: Path) -> Outcome
     outcome = Outcome(trial.name, trial.job, trial.kind)
     began = time.monotonic()
     log = place / "full"
-    done = _again_and_again(work.given(place), place, outcome, {"CHAOS_LOG": str(place / "begun")}, log, trial.seed)
+    done = _again_and_again(work.given(place), place, outcome, {"CHAOS_LOG": str(place / "begun")}, log, trial.name)
     outcome.kills = len(log.read_text().splitlines()) if log.exists() else 0
     if done:
         outcome.notes += (stray := half_files(place))
@@ -79,7 +79,7 @@ def failing_store(trial: Trial, work: Stored, want: Result, folder: Path) -> Out
         given += [f"{name}=s3://{bucket}/{where}" for name, where in moved.items()]
         began = time.monotonic()
         with failing(behind, trial.kind, trial.name) as (endpoint, proxy):
-            done = _again_and_again(given, place, outcome, endpoint.environment, None, trial.seed)
+            done = _again_and_again(given, place, outcome, endpoint.environment, None, trial.name)
         outcome.kills = proxy.faults
         outcome.seconds = round(time.monotonic() - began, 1)
         if not done:
@@ -106,13 +106,13 @@ def failing_store(trial: Trial, work: Stored, want: Result, folder: Path) -> Out
 
 
 def _again_and_again(
-    given: list[str], place: Path, outcome: Outcome, env: dict[str, str], full: Path | None, seed: int
+    given: list[str], place: Path, outcome: Outcome, env: dict[str, str], full: Path | None, name: str
 ) -> bool:
     """Run the command until it is done; True if it ever is."""
     site = str(Path(__file__).parent / "site")
     for n in range(RUNS):
         # The disk is full for some runs and then no more: as when somebody makes room.
-        lack = {"CHAOS_FULL": str(full), "CHAOS_SEED": f"{seed}/{n}"} if full is not None and n < RUNS - 2 else {}
+        lack = {"CHAOS_FULL": str(full), "CHAOS_SEED": f"{name}/{n}"} if full is not None and n < RUNS - 2 else {}
         every = {"PYTHONPATH": os.pathsep.join([site, str(ROOT)]), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "jobs.cli", "run", *inline(given)]
         try:

@@ -65,6 +65,8 @@ class Watched:
 
     def __init__(self) -> None:
         self._doomed: list[tuple[psutil.Process, float, float]] = []
+        self._overdue: list[str] = []
+        self._looked = 0.0
         self.longest = 0.0
 
     def doom(self, family: list[psutil.Process]) -> None:
@@ -72,24 +74,28 @@ class Watched:
         for process in family:
             self._doomed.append((process, now, AGENT_SECONDS if "Agent" in title(process) else GONE_SECONDS))
 
-    def orphans(self, wait: bool) -> list[str]:
-        """Those that had their time and live. `wait`: until each is gone or has had its time."""
-        found = []
-        while True:
-            alive = []
-            for process, since, allowed in self._doomed:
-                passed = time.monotonic() - since
-                if not lives(process):
-                    self.longest = max(self.longest, passed if allowed == GONE_SECONDS else 0.0)
-                elif passed > allowed:
-                    found.append(f"{process.pid} {title(process)[:80]}")
-                    processes.kill(process)
-                else:
-                    alive.append((process, since, allowed))
-            self._doomed = alive
-            if not wait or not [d for d in alive if d[2] == GONE_SECONDS]:
-                return found
+    def look(self) -> None:
+        """Which of them are gone by now; once a second is enough."""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return
+        self._looked, alive = now, []
+        for process, since, allowed in self._doomed:
+            if not lives(process):
+                self.longest = max(self.longest, now - since if allowed == GONE_SECONDS else 0.0)
+            elif now - since > allowed:
+                self._overdue.append(f"{process.pid} {title(process)[:80]}")
+                processes.kill(process)
+            else:
+                alive.append((process, since, allowed))
+        self._doomed = alive
+
+    def orphans(self) -> list[str]:
+        """Those that had their time and lived, after waiting until each is gone or has had its time."""
+        while any(allowed == GONE_SECONDS for _, _, allowed in self._doomed):
+            self.look()
             time.sleep(0.05)
+        return self._overdue
 
 
 def lives(process: psutil.Process) -> bool:
@@ -142,6 +148,7 @@ class Run:
                 commits, since = now, time.monotonic()
             if self.status() is not None:
                 return None
+            self.watched.look()
             if time.monotonic() - since > STUCK_SECONDS:
                 self.outcome.notes.append(f"no commit and no end for {STUCK_SECONDS:g} s: {self.said()[-400:]}")
                 self.outcome.ended += 1
@@ -222,7 +229,7 @@ def run_trial(
     if run.status() == 0:
         _compare(run, want)
     outcome.redone = redone(log, place)
-    orphans = run.watched.orphans(wait=True)
+    orphans = run.watched.orphans()
     outcome.orphans, outcome.gone = len(orphans), round(run.watched.longest, 1)
     outcome.notes += [f"lives on: {o}" for o in orphans]
     return outcome

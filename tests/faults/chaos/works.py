@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from safetensors.numpy import load_file
 
 from connectors import storage
 from tests.conftest import conversation, write_jsonl
-from tests.jobs.helpers import inline, options, run_job
+from tests.jobs.helpers import ROOT, inline, options, run_job
 from tests.jobs.sweeping import planted, table
 from tests.runtime.fitting import varied
+from tests.tiny import save_tiny
 
 WORKERS = 2
 TOLERANCE = 1e-6
@@ -63,10 +66,13 @@ class Work(ABC):
         """(result, commits) of a run that nobody disturbs, without Ray."""
         place = self.root / "undisturbed" / self.name
         place.mkdir(parents=True, exist_ok=True)
-        here(self.job, self.given(place))
+        self._here(self.given(place))
         commits = self.commits(place)
         self.finish(place)
         return self.result(place), commits
+
+    def _here(self, given: list[str]) -> None:
+        here(self.job, given)
 
     def base(self, place: Path, corpus: Path, **more: object) -> list[str]:
         pools = {"cluster.workers": WORKERS, "sink.store": place / "store"}
@@ -149,6 +155,30 @@ class Generate(Work):
     def result(self, place: Path) -> Result:
         (made,) = (place / "store" / "generations").iterdir()
         return parts(made / "parts")
+
+
+class Vllm(Generate):
+    """The same by vLLM, whose engine lives in the actor's process: who kills one kills the other."""
+
+    name = "vllm"
+
+    @property
+    def job(self) -> str:
+        return "generate"
+
+    def given(self, place: Path) -> list[str]:
+        settings = {"engine": "vllm", "dtype": "float32", "kv_cache_gb": 0.1, "max_model_len": 128, "max_batch": 8}
+        large = self.root / "large"  # vLLM has no kernels for heads as narrow as those of the model of the others
+        if not large.exists():
+            save_tiny(large, d=256, scale=0.05)
+        changed = {f"generation.{name}": value for name, value in settings.items()} | {"model.path": large}
+        return [o for o in super().given(place) if o.split("=")[0] not in changed] + [
+            f"{name}={value}" for name, value in changed.items()
+        ]
+
+    def _here(self, given: list[str]) -> None:
+        # vLLM changes the process it is in.
+        subprocess.run([sys.executable, "-m", "jobs.cli", self.job, *inline(given)], cwd=ROOT, check=True)
 
 
 class Fit(Work):
@@ -237,7 +267,7 @@ class Audit(Work):
         return parts(made / "000001" / "scores" / "parts") | statistics
 
 
-WORKS: dict[str, type[Work]] = {w.name: w for w in (Score, Generate, Fit, Sweep, Audit)}
+WORKS: dict[str, type[Work]] = {w.name: w for w in (Score, Generate, Vllm, Fit, Sweep, Audit)}
 
 
 def differences(found: Result, want: Result) -> tuple[list[str], list[str]]:
