@@ -270,6 +270,11 @@ def encode(sae: SAE, x: Float[Tensor, "n d"]) -> Sparse:
     return Sparse(values, torch.where(values > 0, indices, 0), mean, gain)
 
 
+def encode_flops(sae: SAE, tokens: int) -> float:
+    """FLOPs of `encode` on so many states; `decode` reads the active latents' rows alone, which is little beside it."""
+    return 2.0 * sae.latents * sae.width * tokens
+
+
 def decode(sae: SAE, sparse: Sparse) -> Float[Tensor, "n d"]:
     """x̃ = (W_dec r + b_dec)/s. Differentiable in the values any number of times, and by forward-mode AD.
 

@@ -15,6 +15,7 @@ out, for what is measured afterwards. A layer that any whole pass has written is
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,6 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
@@ -39,13 +39,15 @@ from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered, tokenizer_digest
 from curate.corpus.units import Manifest
 from curate.models.batching import collate, token_batches
+from curate.models.flops import model_cost
 from curate.models.load import DTYPES, ModelSpec, load_model, load_tokenizer
+from curate.models.peak import device_peak
 from curate.models.pooling import span_mask
 from curate.models.tap import LayerTap, width
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 from curate.training.activation_batches import Shard
 
 SHARD_TOKENS = 8192  # all layers of a shard are in memory at once: 1 GB for 16 layers of the width 4,096 in bfloat16
@@ -114,7 +116,9 @@ def store_activations(
     result = None
     if missing:
         output = _pass(url, missing)
-        make = partial(_writer, spec, url, tuple(missing), output, max(1, round(session.scorers.cpus)))
+        make = partial(
+            _writer, spec, url, tuple(missing), output, max(1, round(session.scorers.cpus)), session.peak_tflops
+        )
         read = partial(read_chunks, spec=spec.reader)
         own = Recipe("activation pass", {**recipe.fields, "layers": missing})
         result = run_units(
@@ -207,14 +211,25 @@ def _shard_url(url: str, layer: int, part: Part, i: int) -> str:
 class _Writer:
     """One actor: a model that is read up to the highest layer; a chunk in, its shards and its part out."""
 
-    def __init__(self, spec: ActivationSpec, url: str, layers: tuple[int, ...], output: Output, threads: int) -> None:
+    def __init__(
+        self,
+        spec: ActivationSpec,
+        url: str,
+        layers: tuple[int, ...],
+        output: Output,
+        threads: int,
+        peak_tflops: float | None = None,
+    ) -> None:
         torch.set_num_threads(threads)
         self.spec, self.url, self.output = spec, url, output
         self.model = load_model(spec.model)
         self.tap = LayerTap(self.model, layers)
         self.width = width(self.model)
+        self.cost = model_cost(self.model)
+        self.peak = device_peak(self.model.device, self.model.dtype, peak_tflops)
 
     def __call__(self, item: bytes) -> bytes:
+        began = time.perf_counter()
         chunk = Chunk.from_bytes(item)
         part = Part(chunk.key, chunk.start, chunk.stop)
         rng = np.random.default_rng([self.spec.seed, zlib.crc32(chunk.key.encode()), chunk.start])
@@ -241,13 +256,8 @@ class _Writer:
             index["position"].append(position[order])
             counts.append(len(order))
         self.output.commit(part, _index(index, counts), bad)
-        summary = {
-            "rows": chunk.stop - chunk.start,
-            "bad": len(bad),
-            "tokens": sum(len(chunk.rendered[i].input_ids) for i in kept),
-            "rss": psutil.Process().memory_info().rss,
-        }
-        return json.dumps(summary).encode()
+        lengths = [len(chunk.rendered[i].input_ids) for i in kept]
+        return committed(chunk, bad, sum(lengths), began, self.cost.flops(lengths, max(self.tap.layers)), self.peak)
 
     def _groups(self, rendered: Sequence[Rendered], order: np.ndarray) -> Iterator[list[int]]:
         """Rows, in that order, up to a shard's tokens."""
@@ -301,6 +311,6 @@ def _index(columns: Mapping[str, Sequence[np.ndarray]], counts: Sequence[int]) -
 
 
 def _writer(
-    spec: ActivationSpec, url: str, layers: tuple[int, ...], output: Output, threads: int
+    spec: ActivationSpec, url: str, layers: tuple[int, ...], output: Output, threads: int, peak_tflops: float | None
 ) -> Callable[[bytes], bytes]:
-    return _Writer(spec, url, layers, output, threads)
+    return _Writer(spec, url, layers, output, threads, peak_tflops)

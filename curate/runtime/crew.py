@@ -16,6 +16,7 @@ from curate import errors
 from curate.errors import CurateError, WorkerError
 from curate.runtime import events, metrics
 from curate.runtime.inline import is_inline
+from curate.runtime.leaving import let_end
 from curate.runtime.lost import LOST, Life, device_errors_in_words
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool
@@ -92,6 +93,8 @@ class Crew:
         Args:
             lost: the answer for an item whose actors died again and again; None: such an item ends the round.
 
+        When an error ends the round, or it is left early, the others at work get a set time to end their items.
+
         Raises:
             CurateError: raised in an actor; the first one ends the round.
             WorkerError: actors died more often than they are replaced, or ran out of their device's memory.
@@ -138,8 +141,12 @@ class Crew:
                     metrics.error(error[0])
                     raise getattr(errors, error[0], CurateError)(error[1])
                 yield answer
-        except ray.exceptions.RayError as e:
-            raise worded(e) from e
+        except (Exception, GeneratorExit) as e:  # not an interrupt: who sends one does not want to wait
+            if ray.is_initialized():
+                let_end([*running])
+            if isinstance(e, ray.exceptions.RayError):
+                raise worded(e) from e
+            raise
 
     @staticmethod
     def _give(member: Any, act: Callable[[State, Item], Answer], item: Item) -> Any:

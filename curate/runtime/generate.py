@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import pyarrow as pa
 
 from connectors import storage
@@ -30,7 +29,7 @@ from curate.models.peak import device_peak
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 
 PART_SCHEMA = pa.schema(
     [
@@ -110,18 +109,17 @@ class GenerateWorker:
                 )
         table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
-        summary = {
-            "rows": chunk.stop - chunk.start,
-            "bad": len(bad),
-            "tokens": sum(len(a.token_ids) for a in made),
-            "flops": self.cost.generation_flops([len(p) for p in prompts], [len(a.token_ids) for a in made]),
-            "peak": self.peak,
-            "seconds": time.perf_counter() - began,
-            "rss": psutil.Process().memory_info().rss,
-            "engine": self.engine.name,
-            "row_reproducible": self.engine.row_reproducible,
-        }
-        return json.dumps(summary).encode()
+        lengths = [len(a.token_ids) for a in made]
+        return committed(
+            chunk,
+            bad,
+            sum(lengths),
+            began,
+            self.cost.generation_flops([len(p) for p in prompts], lengths),
+            self.peak,
+            engine=self.engine.name,
+            row_reproducible=self.engine.row_reproducible,
+        )
 
 
 def _worker(spec: GenerateSpec, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:

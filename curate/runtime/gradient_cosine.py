@@ -7,32 +7,33 @@ candidate. Rows whose gradient is zero or not finite go to quarantine. Knows no 
 
 from __future__ import annotations
 
-import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from curate.concepts import sae_files
+from curate.concepts.sae import encode_flops
 from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest
 from curate.errors import ConfigError
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id
+from curate.models.peak import device_peak
 from curate.models.splice import spliced
 from curate.runtime.output import Output, read_part, read_parts
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 from curate.runtime.stream import fetch, put
 from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.directional.cosine import Cosine
@@ -68,19 +69,21 @@ class Bounds:
 class CosineWorker:
     """One actor: the model with its SAE, a chunk in, a committed part out."""
 
-    def __init__(self, spec: CosineSpec, gradients: Any, threads: int) -> None:
+    def __init__(self, spec: CosineSpec, gradients: Any, threads: int, peak_tflops: float | None = None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         self.model = load_model(spec.model)
+        self.peak = device_peak(self.model.device, self.model.dtype, peak_tflops)
         self.sae = sae_files.load(spec.sae).to(self.model.device)
         pad = pad_id(load_tokenizer(spec.model))
         self.cosine = Cosine(self.model, from_store(fetch(gradients))[ITEMS], spec.token_budget, pad)
 
     def __call__(self, item: bytes) -> bytes:
+        began = time.perf_counter()
         chunk = Chunk.from_bytes(item)
         with spliced(self.model, self.sae):
-            found = self.cosine.run(chunk.rendered).scores
-        good = np.isfinite(found).all(axis=1)
+            found = self.cosine.run(chunk.rendered)
+        good = np.isfinite(found.scores).all(axis=1)
         bad = list(chunk.bad)
         for i in np.flatnonzero(~good):
             e = chunk.examples[i]
@@ -90,22 +93,18 @@ class CosineWorker:
             {
                 "id": [chunk.examples[i].id for i in kept],
                 "row": [chunk.examples[i].row for i in kept],
-                "cosine": [found[i].astype(np.float32) for i in kept],
+                "cosine": [found.scores[i].astype(np.float32) for i in kept],
             },
             schema=_TABLE,
         )
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
-        summary = {
-            "rows": chunk.stop - chunk.start,
-            "bad": len(bad),
-            "tokens": sum(r.end for r in chunk.rendered),
-            "rss": psutil.Process().memory_info().rss,
-        }
-        return json.dumps(summary).encode()
+        tokens = sum(r.end for r in chunk.rendered)
+        flops = found.stats.flops + encode_flops(self.sae, tokens)
+        return committed(chunk, bad, tokens, began, flops, self.peak)
 
 
-def _worker(spec: CosineSpec, gradients: Any, threads: int) -> Callable[[bytes], bytes]:
-    return CosineWorker(spec, gradients, threads)
+def _worker(spec: CosineSpec, gradients: Any, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
+    return CosineWorker(spec, gradients, threads, peak_tflops)
 
 
 def gradient_cosines(
@@ -118,7 +117,7 @@ def gradient_cosines(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     ref = put(load_arrays({ITEMS: spec.gradients}))  # kept here while actors may be replaced
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
+    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "trace: pre-filter",

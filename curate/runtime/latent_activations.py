@@ -15,34 +15,35 @@ layer, and latents that do not fire are never written. A row whose states are no
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curate.concepts.latent_rows import LatentRows, Statistic, Tokens, latent_rows
-from curate.concepts.sae import SAE, digest, encode
+from curate.concepts.sae import SAE, digest, encode, encode_flops
 from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered, tokenizer_digest
 from curate.corpus.units import Manifest
 from curate.models.batching import collate, token_batches
+from curate.models.flops import model_cost
 from curate.models.load import load_model, load_tokenizer
+from curate.models.peak import device_peak
 from curate.models.tap import LayerTap
 from curate.runtime.output import Output, read_parts
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.select import file_spans
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 from curate.runtime.stream import fetch, put
 
 _CELLS = 1 << 26  # tokens × latents of one encoding: a quarter of a GB in float32
@@ -124,15 +125,17 @@ def row_latents(
 class LatentWorker:
     """One actor: a model up to the SAE's layer, a chunk in, a committed part out."""
 
-    def __init__(self, spec: LatentActivationSpec, sae: Any, threads: int) -> None:
+    def __init__(self, spec: LatentActivationSpec, sae: Any, threads: int, peak_tflops: float | None = None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         model = load_model(spec.reader.model)
         self.device = model.device
+        self.cost, self.peak = model_cost(model), device_peak(model.device, model.dtype, peak_tflops)
         self.sae: SAE = fetch(sae).to(self.device)
         self.tap = LayerTap(model, [self.sae.layer])
 
     def __call__(self, item: bytes) -> bytes:
+        began = time.perf_counter()
         chunk = Chunk.from_bytes(item)
         with torch.no_grad():
             found = self._run(chunk.rendered)
@@ -144,13 +147,13 @@ class LatentWorker:
             bad.append(Quarantined(e.row, why, e.id, e.response[:200]))
         table = _table(chunk, good, [row for row in found if row is not None])
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
-        summary = {
-            "rows": chunk.stop - chunk.start,
-            "bad": len(bad),
-            "tokens": sum(len(r.input_ids) for r in chunk.rendered),
-            "rss": psutil.Process().memory_info().rss,
-        }
-        return json.dumps(summary).encode()
+        tokens = sum(len(r.input_ids) for r in chunk.rendered)
+        return committed(chunk, bad, tokens, began, self._flops(chunk.rendered), self.peak)
+
+    def _flops(self, rows: Sequence[Rendered]) -> float:
+        """The forward to the SAE's layer, and its encoder on the tokens that count."""
+        counted = sum(r.stop - (0 if self.spec.tokens == "all" else r.start) for r in rows)
+        return self.cost.flops([r.stop for r in rows], self.sae.layer) + encode_flops(self.sae, counted)
 
     def _run(self, rows: Sequence[Rendered]) -> list[Fired | None]:
         out: list[Fired | None] = [None] * len(rows)
@@ -185,8 +188,8 @@ def _table(chunk: Chunk, good: Sequence[int], found: Sequence[Fired]) -> pa.Tabl
     return pa.table(columns)
 
 
-def _worker(spec: LatentActivationSpec, sae: Any, threads: int) -> Callable[[bytes], bytes]:
-    return LatentWorker(spec, sae, threads)
+def _worker(spec: LatentActivationSpec, sae: Any, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
+    return LatentWorker(spec, sae, threads, peak_tflops)
 
 
 def latent_activations(
@@ -199,7 +202,7 @@ def latent_activations(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     ref = put(sae.to("cpu"))
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
+    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "latents", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction

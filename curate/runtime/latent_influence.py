@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
@@ -32,11 +31,12 @@ from curate.corpus.units import Manifest
 from curate.curvature.fisher import Reduction
 from curate.errors import BadRow
 from curate.models.load import ModelSpec, load_model, load_tokenizer, pad_id
+from curate.models.peak import device_peak
 from curate.runtime.gradient_cosine import ITEMS, read_cosines
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 from curate.runtime.stream import fetch, put
 from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.latent.base import RowLatents
@@ -136,10 +136,11 @@ def _candidates(chunk: Chunk, spec: LatentSpec) -> Candidates:
 class LatentWorker:
     """One actor: model, SAE and test vectors on its device; candidates in, a committed part out."""
 
-    def __init__(self, spec: LatentSpec, vectors: Any, threads: int) -> None:
+    def __init__(self, spec: LatentSpec, vectors: Any, threads: int, peak_tflops: float | None = None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         model = load_model(spec.model)
+        self.peak = device_peak(model.device, model.dtype, peak_tflops)
         sae = sae_files.load(spec.sae).to(model.device)
         pad = pad_id(load_tokenizer(spec.model))
         vector = from_store(fetch(vectors))[ITEMS]
@@ -148,7 +149,7 @@ class LatentWorker:
     def __call__(self, item: bytes) -> bytes:
         began = time.perf_counter()
         given = Candidates.from_bytes(item)
-        chunk = given.chunk
+        chunk, before = given.chunk, self.backend.stats.flops
         found = self._run(chunk.rendered, given.items)
         bad = list(chunk.bad)
         pairs: list[dict[str, Any]] = []
@@ -162,15 +163,8 @@ class LatentWorker:
                     pairs.append({**facts, **told, **pair(row, at, self.spec.token_latents)})
         table = pa.Table.from_pylist(pairs, schema=COLUMNS)
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
-        summary = {
-            "rows": chunk.stop - chunk.start,
-            "bad": len(bad),
-            "tokens": sum(r.end for r in chunk.rendered),
-            "pairs": len(pairs),
-            "seconds": time.perf_counter() - began,
-            "rss": psutil.Process().memory_info().rss,
-        }
-        return json.dumps(summary).encode()
+        tokens = sum(r.end for r in chunk.rendered)
+        return committed(chunk, bad, tokens, began, self.backend.stats.flops - before, self.peak, pairs=len(pairs))
 
     def _run(self, rows: Sequence[Rendered], items: Sequence[Sequence[int]]) -> list[RowLatents | BadRow]:
         """The rows' influence on their own items. Rows of the same items go together: a pass costs 2 forwards and 2
@@ -225,8 +219,8 @@ def pair(row: RowLatents, at: int, token_latents: int | None) -> dict[str, Any]:
     }
 
 
-def _worker(spec: LatentSpec, vectors: Any, threads: int) -> Callable[[bytes], bytes]:
-    return LatentWorker(spec, vectors, threads)
+def _worker(spec: LatentSpec, vectors: Any, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
+    return LatentWorker(spec, vectors, threads, peak_tflops)
 
 
 def latent_influence(
@@ -241,7 +235,7 @@ def latent_influence(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     ref = put(load_arrays({ITEMS: spec.vector}))  # kept here while actors may be replaced
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)))
+    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_candidates, spec=spec)
     return run_units(
         "trace: latents", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction

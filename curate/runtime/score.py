@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +25,7 @@ from curate.runtime.events import about
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 from curate.runtime.stream import fetch, put
 from curate.runtime.test_vectors import from_store, load_arrays
 from curate.scoring.base import Needs
@@ -103,16 +101,7 @@ class ScoreWorker:
                 text = e.messages[-1].content[:200]
                 bad.append(Quarantined(e.row, f"the score {wrong[0]} is {scores[wrong[0]][i]}", e.id, text))
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), self._table(chunk, scores, good), bad)
-        summary = {
-            "rows": chunk.stop - chunk.start,
-            "bad": len(bad),
-            "tokens": found.stats.tokens,
-            "flops": found.stats.flops,
-            "seconds": time.perf_counter() - began,
-            "peak": self.peak,
-            "rss": psutil.Process().memory_info().rss,
-        }
-        return json.dumps(summary).encode()
+        return committed(chunk, bad, found.stats.tokens, began, found.stats.flops, self.peak)
 
     def _unexpected(self, column: str, chunk: Chunk, i: int) -> bool:
         return column not in self.partial or chunk.own[i] is not None

@@ -6,11 +6,15 @@ Imports no model and no scorer: an actor that generates must not carry what scor
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
+
 from connectors import storage
+from curate.corpus.chunk import Chunk, Quarantined
 from curate.corpus.recipe import Recipe
 from curate.corpus.units import Manifest, Unit
 from curate.errors import CorpusError
@@ -35,6 +39,33 @@ class StageResult:
     peak_worker_gb: float = 0.0
 
 
+def committed(
+    chunk: Chunk,
+    bad: Sequence[Quarantined],
+    tokens: int,
+    began: float,
+    flops: float = 0.0,
+    peak: float | None = None,
+    **more: Any,
+) -> bytes:
+    """What a worker says of a chunk that it has committed, for `told` of `run_units`.
+
+    Args:
+        began: time.perf_counter() when the work began.
+        flops, peak: FLOPs of the model's passes, and FLOP/s that its device can do; 0 and None where none was used.
+    """
+    said = {
+        "rows": chunk.stop - chunk.start,
+        "bad": len(bad),
+        "tokens": tokens,
+        "flops": flops,
+        "seconds": time.perf_counter() - began,
+        "peak": peak,
+        "rss": psutil.Process().memory_info().rss,
+    }
+    return json.dumps({**said, **more}).encode()
+
+
 def work_items(remaining: Sequence[tuple[Unit, list[tuple[int, int]]]]) -> list[bytes]:
     """Units and the ranges to do, as items for the stream."""
     return [json.dumps({"unit": asdict(u), "ranges": r}).encode() for u, r in remaining]
@@ -56,8 +87,7 @@ def run_units(
 
     Args:
         make_worker: runs in each actor's constructor, see `stream`.
-        told: called with each worker's answer: rows, bad, tokens, rss; flops, the seconds they took and the FLOP/s
-            that its device can do (peak), where it knows them; and what else the worker says.
+        told: called with each worker's answer, see `committed`.
 
     Raises:
         RecipeError: the output holds another recipe's product.
@@ -77,10 +107,9 @@ def run_units(
 
     refuse_too_many()
     if remaining:
-        for answer in stream(work_items(remaining), make_worker, pool, read, readers, len(chunks)):
-            done = json.loads(answer)
-            work = done.get("flops", 0.0), done.get("seconds", 0.0), done.get("peak")
-            progress.add(done["rows"], done["tokens"], done["bad"], *work)
+        for data in stream(work_items(remaining), make_worker, pool, read, readers, len(chunks)):
+            done = json.loads(data)
+            progress.add(done["rows"], done["tokens"], done["bad"], done["flops"], done["seconds"], done["peak"])
             peak = max(peak, done["rss"])
             told(done)
             refuse_too_many()

@@ -20,16 +20,14 @@ import ray
 from curate import errors
 from curate.errors import CurateError, WorkerError
 from curate.runtime import events, metrics
-from curate.runtime.events import say
 from curate.runtime.inline import Held, is_inline, run_inline
+from curate.runtime.leaving import let_end
 from curate.runtime.lost import LOST, Life
 from curate.runtime.memory import out_of_memory_in_words
 from curate.runtime.session import Pool, Readers
 
 READS = 4096
 """Tasks that read, at most, of a stream: one for each item took half as long again and as much memory of the driver."""
-GRACE_S = 30.0
-"""What workers of a stream that ends early get to end and commit what they were given."""
 _DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -112,17 +110,8 @@ class _Actors:
                         self._leaving[actor.__ray_terminate__.options(max_task_retries=0).remote()] = actor
 
     def wait(self) -> None:
-        """Until those that were dismissed are gone, GRACE_S at most, and kill the others.
-
-        Else one would still commit, or leave a half file, when the caller has long been told that the stream has ended.
-        """
-        if not self._leaving:
-            return
-        _, late = ray.wait([*self._leaving], num_returns=len(self._leaving), timeout=1.0)
-        if late:
-            say(f"waiting for workers to end what they have begun, {GRACE_S:.0f} s at most", workers=len(late))
-            _, late = ray.wait(late, num_returns=len(late), timeout=GRACE_S)
-        for ref in late:
+        """Until those that were dismissed are gone, for a set time, and kill the others."""
+        for ref in let_end([*self._leaving]):
             ray.kill(self._leaving[ref])
 
 

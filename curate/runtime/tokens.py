@@ -7,13 +7,12 @@ model and no training.
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import pyarrow as pa
 
 from connectors import storage
@@ -27,7 +26,7 @@ from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.select import file_spans
 from curate.runtime.session import Pool, Session
-from curate.runtime.stage import StageResult, run_units
+from curate.runtime.stage import StageResult, committed, run_units
 from curate.training.rows import TOKENS, TokenPart
 
 _WRITER_CPUS = 0.25  # a writer waits for the store most of the time
@@ -55,6 +54,7 @@ def token_recipe(corpus: dict[str, Any], reader: ReaderSpec) -> Recipe:
 
 
 def _write(item: bytes, output: Output) -> bytes:
+    began = time.perf_counter()
     chunk = Chunk.from_bytes(item)
     table = pa.table(
         {
@@ -66,13 +66,7 @@ def _write(item: bytes, output: Output) -> bytes:
         }
     )
     output.commit(Part(chunk.key, chunk.start, chunk.stop), table, chunk.bad)
-    summary = {
-        "rows": chunk.stop - chunk.start,
-        "bad": len(chunk.bad),
-        "tokens": sum(len(r.input_ids) for r in chunk.rendered),
-        "rss": psutil.Process().memory_info().rss,
-    }
-    return json.dumps(summary).encode()
+    return committed(chunk, chunk.bad, sum(len(r.input_ids) for r in chunk.rendered), began)
 
 
 def _writer(output: Output) -> Callable[[bytes], bytes]:

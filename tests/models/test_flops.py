@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 
 from curate.curvature.covariance import Covariances, accumulate_covariances
@@ -16,30 +15,21 @@ from curate.models.flops import forward_cost, forward_flops
 from curate.models.load import ModelSpec
 from curate.models.tap import LayerTap
 from curate.models.tracked import LayerChoice, tracked_layers
+from curate.scoring.directional.make import BACKENDS, make_backend
+from curate.scoring.latent.make import BACKENDS as LATENT_BACKENDS
+from curate.scoring.latent.make import make_latent_backend
 from curate.scoring.registry import make_scorers
 from curate.scoring.shared_pass import SharedPass
 from curate.training.adapt import causal_lm, load_for_training
 from curate.training.finetune import finetune
 from curate.training.log import read_log, share_of_peak
 from curate.training.spec import LoraSpec, TrainingSpec
+from tests.flop_counter import Counter
+from tests.scoring.directional.oracle import random_vector
+from tests.scoring.latent.setting import random_sae, vector_above
 from tests.scoring.rows import make_concept, make_examples, render
 from tests.tiny import tiny_model
 from tests.training.sample import dataset
-
-
-class Counter(TorchDispatchMode):
-    """PyTorch's formulas for each operator, without FlopCounterMode's module hooks (they refuse a nested backward)."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {torch.ops.aten.addmm_: torch.ops.aten.addmm}.get(func.overloadpacket, func.overloadpacket)
-        if (formula := flop_registry.get(known)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "neox"])
@@ -144,3 +134,29 @@ def test_a_training_is_near_the_counter(tiny, tmp_path, monkeypatch, method):
     assert share_of_peak([last, last]) == share_of_peak([last])
     assert share_of_peak([last, {**last, "peak": None}]) == {}
     assert share_of_peak([]) == {}
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "cosine"])
+def test_directional_derivatives_are_near_the_counter(kind, backend, names, rank):
+    model = tiny_model(kind)
+    model.set_attn_implementation("eager")
+    vector = random_vector(model, names, LayerChoice("all", first=1), rank=rank)
+    run = make_backend(backend, model, vector, max_tokens=1)  # each row alone: counts are without padding
+    with Counter() as counter:
+        found = run.run([r for r in render(make_examples()) if r.stop > r.start])
+    assert found.stats.flops == pytest.approx(counter.total, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+@pytest.mark.parametrize("backend", LATENT_BACKENDS)
+def test_latent_influence_is_near_the_counter(kind, backend, names):
+    model = tiny_model(kind)
+    model.set_attn_implementation("eager")
+    run = make_latent_backend(backend, model, random_sae(), vector_above(model, names), 1, 0, "mean")
+    with Counter() as counter:
+        run.run([r for r in render(make_examples()) if r.stop > r.start])
+    assert run.stats.flops == pytest.approx(counter.total, rel=0.03)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -50,6 +52,21 @@ def fill(state: Counter, item: None) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
+def fail_beside(state: Counter, item: tuple[Path, float]) -> None:
+    """The first to begin raises when another is at work, which takes so many seconds."""
+    place, seconds = item
+    (place / f"{os.getpid()}.begun").touch()
+    try:
+        (place / "first").touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(seconds)
+        (place / f"{os.getpid()}.ended").touch()
+        return
+    while len(list(place.glob("*.begun"))) < 2:
+        time.sleep(0.01)
+    raise CurvatureError("singular")
+
+
 def broken() -> Counter:
     raise ModelError("the model 'x' cannot be loaded; give another")
 
@@ -88,3 +105,23 @@ def test_inline_there_is_one_state_here():
     with inline(), Crew(Counter, POOL) as crew:
         assert list(crew.map(square, [2, 3])) == [(os.getpid(), 1, 4), (os.getpid(), 2, 9)]
         assert list(crew.map(square, [4])) == [(os.getpid(), 3, 16)]
+
+
+def test_an_error_lets_the_others_end_what_they_have_begun(running, tmp_path):
+    with Crew(Counter, POOL) as crew, pytest.raises(CurvatureError, match="singular"):
+        list(crew.map(fail_beside, [(tmp_path, 3.0)] * 6))
+    assert len(list(tmp_path.glob("*.begun"))) == 2
+    assert len(list(tmp_path.glob("*.ended"))) == 1
+
+
+def test_those_that_take_too_long_are_killed(running, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("curate.runtime.leaving.GRACE_S", 1.0)
+    with Crew(Counter, POOL) as crew, pytest.raises(CurvatureError, match="singular"):
+        list(crew.map(fail_beside, [(tmp_path, 60.0)] * 6))
+    assert "waiting for workers" in capsys.readouterr().err
+    workers = [int(x.stem) for x in tmp_path.glob("*.begun")]
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if psutil.pid_exists(pid)]
+    assert not list(tmp_path.glob("*.ended"))

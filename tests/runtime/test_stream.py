@@ -222,7 +222,7 @@ def test_a_stream_that_is_left_early_has_no_worker_at_work(tmp_path):
 
 
 def test_workers_that_take_too_long_to_end_are_killed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("curate.runtime.stream.GRACE_S", 1.0)
+    monkeypatch.setattr("curate.runtime.leaving.GRACE_S", 1.0)
     with pytest.raises(StorageError, match="no space left"):
         list(stream(items(3), partial(Begins, tmp_path, 40), POOL))
     assert "waiting for workers" in capsys.readouterr().err

@@ -46,9 +46,10 @@ class Tracing:
         sae_files.save(str(root / "sae"), random_sae())
         self.sae = sae_files.load(str(root / "sae"))
 
-    def cosines(self, name: str = "cosines") -> Output:
+    def cosines(self, name: str = "cosines", token_budget: int = 200) -> Output:
         output = Output(str(self.root / name))
-        spec = CosineSpec(self.reader, output, self.model, str(self.root / "sae"), str(self.root / "vector"), 200)
+        urls = str(self.root / "sae"), str(self.root / "vector")
+        spec = CosineSpec(self.reader, output, self.model, *urls, token_budget)
         with session(ClusterSpec(address="inline", cpus=1)) as here:
             gradient_cosines(spec, Recipe("gradient_cosines", {}), self.manifest, here, 0.1)
         return output

@@ -182,13 +182,16 @@ class Backend(ABC):
         """The derivatives of one batch."""
 
     def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
-        """One forward, its tangent or backward from the lowest block, and s once for each query."""
-        weights = sum(layer.size for layer in self.layers)
+        """One forward, its tangent or backward from the lowest block, and what is done with s."""
         return (
             self._cost.flops(lengths, None, loss_tokens)
             + self._cost.gradient_flops(lengths, self.lowest, loss_tokens)
-            + 2.0 * weights * self.n_queries * sum(lengths)
+            + self._flops_of_s(lengths)
         )
+
+    def _flops_of_s(self, lengths: Sequence[int]) -> float:
+        """s once for each query and token."""
+        return 2.0 * sum(layer.size for layer in self.layers) * self.n_queries * sum(lengths)
 
 
 def check_layers(model: PreTrainedModel, vector: TestVector | TestVectorHeader) -> None:

@@ -9,6 +9,8 @@ Of low rank: S = u v, (δ u)·(v a), two thin products. All queries share the fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,6 +63,27 @@ class Contraction(Backend):
             None if blocks is None else blocks * self._units[:, None],
             None if tokens is None else tokens * self._units,
         )
+
+    def _flops_of_s(self, lengths: Sequence[int]) -> float:
+        return contract_flops(self.directions, self.layers, lengths, self.per_token)
+
+
+def contract_flops(
+    directions: Mapping[str, Direction], layers: Sequence[TrackedLayer], lengths: Sequence[int], each: bool = False
+) -> float:
+    """FLOPs of `contract` (`each`: of `contract_each`) at `layers`, over rows of `lengths` tokens."""
+    tokens, rows = sum(lengths), len(lengths)
+    products = 0
+    for layer in layers:
+        block = directions[layer.name]
+        if len(block) == 2:
+            queries, rank, _ = block[1].shape
+            products += queries * rank * (layer.out + layer.width) * tokens
+        else:
+            queries = block[0].shape[0]
+            shared = queries > 1 and not each
+            products += layer.size * (tokens + queries * rows if shared else queries * tokens)
+    return 2.0 * products
 
 
 def contract(

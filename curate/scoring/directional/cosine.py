@@ -13,6 +13,8 @@ and a few rows at once: T · out · in products. Both are exact; each layer and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +23,7 @@ from curate.models.linear_tap import LinearTap
 from curate.models.response_loss import summed_response_loss
 from curate.models.tracked import TrackedLayer
 from curate.scoring.directional.base import Backend, BatchSums, RowBatch, sum_dtype
-from curate.scoring.directional.contraction import contract
+from curate.scoring.directional.contraction import contract, contract_flops
 from curate.scoring.directional.stacked import Stacked
 
 # Numbers of products held at once: 64 MiB in float32.
@@ -49,6 +51,20 @@ class SquaredNorms:
     def clear(self) -> None:
         """Forget the batch."""
         self._gram = None
+
+    @staticmethod
+    def flops(layers: Sequence[TrackedLayer], lengths: Sequence[int]) -> float:
+        """Of the norms over `layers` of rows of `lengths` tokens."""
+        products = 0
+        for n in lengths:
+            inputs = set()
+            for layer in layers:
+                if _gram_is_cheaper(n, layer):
+                    products += n * n * (layer.out + (0 if layer.reads in inputs else layer.width))
+                    inputs.add(layer.reads)
+                else:
+                    products += n * layer.size
+        return 2.0 * products
 
 
 def _gram_is_cheaper(tokens: int, layer: TrackedLayer) -> bool:
@@ -95,3 +111,7 @@ class Cosine(Backend):
         self._norms.clear()
         # A row without a gradient has no direction: 0/0, which is told as NaN.
         return BatchSums(scores * self._units / squares.sqrt()[:, None])
+
+    def _flops_of_s(self, lengths: Sequence[int]) -> float:
+        directed = [layer for layer in self._tap.layers if layer.name in self.directions]
+        return contract_flops(self.directions, directed, lengths) + self._norms.flops(self._tap.layers, lengths)

@@ -71,6 +71,9 @@ class Difference(Backend):
         last = self._tap(batch.inputs)[self.n_blocks]
         return token_losses(self.model, last, batch.ids, batch.starts, batch.ends)
 
+    def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
+        return 2 * self.n_queries * self._cost.flops(lengths, None, loss_tokens)
+
     @contextmanager
     def _moved(self, query: int, step: float) -> Iterator[None]:
         """The model at θ + step·s within the block, at θ after it."""

@@ -7,7 +7,7 @@ last block only for the positions that are asked for. Knows no loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from curate.models.flops import ForwardCost
 from curate.models.tap import LayerTap, decoder_parts
 from curate.scoring.directional.tangents import (
     Direction,
@@ -70,6 +71,27 @@ class DualBlocks:
         self.queries = next(iter(directions.values()))[0].shape[0]
         self._tap = LayerTap(model, [self.lowest])
         self._rows = _ROWS_CPU if model.device.type == "cpu" else _ROWS_GPU
+
+    def flops(self, cost: ForwardCost, lengths: Sequence[int], positions: int) -> float:
+        """Of one call without padding, for last states at so many `positions`."""
+        tokens, pairs = sum(lengths), sum(n * n for n in lengths)
+        products, moves = 0.0, False
+
+        def through(module: nn.Linear, n: int, moving: bool) -> bool:
+            nonlocal products
+            s = self.directions.get(self.names[id(module)], ())
+            products += n * (module.weight.numel() * (1 + self.queries * moving) + sum(part.numel() for part in s))
+            return moving or bool(s)
+
+        for i in range(self.lowest, len(self.blocks)):
+            layer, mlp = self.blocks[i].self_attn, self.blocks[i].mlp
+            n = positions if i == len(self.blocks) - 1 else tokens
+            mixed = any([through(getattr(layer, name), tokens, moves) for name in _ATTENTION[:3]])
+            products += (1 + 2 * self.queries * mixed) * cost.attention * pairs
+            moves = through(layer.o_proj, n, mixed) or moves
+            gated = any([through(module, n, moves) for module in (mlp.gate_proj, mlp.up_proj)])
+            moves = through(mlp.down_proj, n, gated) or moves
+        return cost.flops(lengths, self.lowest) + 2.0 * products
 
     @torch.no_grad()
     def __call__(

@@ -8,7 +8,7 @@ d/dε ℓ = ∂ℓ/∂h · ḣ, and ∂ℓ/∂h serves all queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class Forward(Backend):
         tokens = torch.zeros((*batch.ids.shape, self.n_queries), dtype=sum_dtype(self.model.dtype), device=self.device)
         tokens[:, 1:][predicting] = torch.cat(found, dim=1) * self._units.to(tokens.device, tokens.dtype)
         return BatchSums(tokens.sum(1), None, tokens if self.per_token else None)
+
+    def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
+        head = 2.0 * self._cost.head * loss_tokens
+        return 2 * head + sum(group.flops(self._cost, lengths, loss_tokens) for group in self._groups)
 
     def _slope(self, batch: RowBatch, predicting: Tensor, value: Tensor) -> Float[Tensor, "positions d"]:
         """∂ℓ/∂h at the positions that predict."""

@@ -6,7 +6,7 @@ attention kernels have no forward mode, so attention is the written-out one. Kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from curate.models.flops import ForwardCost
+from curate.models.tap import decoder_parts
 from curate.scoring.directional.tangents import Direction
 
 
@@ -28,7 +30,21 @@ class GenericTangents:
         for name, s in directions.items():
             module = model.get_submodule(name)
             self._weights[f"{inner[id(module)]}.weight"] = (module.weight, s, isinstance(module, Conv1D))
+        blocks = list(decoder_parts(model).blocks)
+        moved = {id(model.get_submodule(name)) for name in directions}
+        self._lowest = min(i for i, b in enumerate(blocks) if any(id(m) in moved for m in b.modules()))
         self._queries = next(iter(directions.values()))[0].shape[0]
+
+    def flops(self, cost: ForwardCost, lengths: Sequence[int], positions: int) -> float:
+        """Of one call without padding, for last states at so many `positions`; what they depend on is computed at all.
+
+        From the lowest moved block up a tangent has W ẋ at each layer, and two products for each one of attention,
+        which is bilinear.
+        """
+        tokens, pairs = sum(lengths), sum(n * n for n in lengths)
+        along = sum(s[0].shape[-2] * s[-1].shape[-1] for _, s, _ in self._weights.values()) * tokens
+        above = (cost.blocks - self._lowest) * (cost.block * tokens + 2 * cost.attention * pairs)
+        return self._queries * (cost.flops(lengths) + 2.0 * (above + along))
 
     @torch.no_grad()
     def __call__(

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from curate.concepts.decode import read_rows
-from curate.concepts.sae import SAE, Sparse, check_width, decode, encode
+from curate.concepts.sae import SAE, Sparse, check_width, decode, encode, encode_flops
 from curate.corpus.render import Rendered
 from curate.curvature.fisher import Reduction
 from curate.curvature.test_vector import TestVector
@@ -250,17 +250,21 @@ class LatentBackend(ABC):
         return found
 
     def _flops(self, lengths: Sequence[int], loss_tokens: int, queries: int) -> float:
-        """The forward to the layer, then (1 + q) forwards and backwards of what is above, and s twice a query."""
-        layer, tokens = self.sae.layer, sum(lengths)
-        below = self._cost.flops(lengths, layer)
-        above = self._cost.flops(lengths, None, loss_tokens) - below
-        back = self._cost.gradient_flops(lengths, layer, loss_tokens)
-        return (
-            below
-            + 2.0 * self.sae.latents * self.sae.width * tokens
-            + (1 + queries) * (above + back)
-            + 4.0 * self._tracked * queries * tokens
-        )
+        """The forward to the layer, the latents, and what the backend does above."""
+        layer, cost = self.sae.layer, self._cost
+        below, back = cost.flops(lengths, layer), cost.gradient_flops(lengths, layer, loss_tokens)
+        above = cost.flops(lengths, None, loss_tokens) - below
+        return below + encode_flops(self.sae, sum(lengths)) + self._flops_above(above + back, lengths, queries)
+
+    def _flops_above(self, once: float, lengths: Sequence[int], queries: int) -> float:
+        """`once`: of a forward and a backward. Once for all queries and once for each, and s twice a query.
+
+        A query costs attention's products twice: each of them, bilinear in values that both have tangents, has two
+        such products for its tangent, and as many more in the backward.
+        """
+        layers = self._cost.blocks - self.sae.layer
+        attention = 6.0 * layers * self._cost.attention * sum(n * n for n in lengths)
+        return once + queries * (once + attention + 4.0 * self._tracked * sum(lengths))
 
 
 def check_sae(model: PreTrainedModel, sae: SAE) -> None:

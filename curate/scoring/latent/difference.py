@@ -46,6 +46,9 @@ class Difference(LatentBackend):
             found.append((high - low) / (2 * step))
         return torch.stack(found)
 
+    def _flops_above(self, once: float, lengths: Sequence[int], queries: int) -> float:
+        return 2 * queries * once
+
     def _moved(self, s: Weights, step: float) -> Weights:
         return {name: torch.add(weight, s[name][0], alpha=step) for name, weight in self._weights.items()}
 

@@ -37,3 +37,7 @@ class DoubleBackward(LatentBackend):
                 more = number + 1 < len(queries)
                 found += torch.autograd.grad(torch.stack(products).sum(), x, retain_graph=more)
         return torch.stack(found)
+
+    def _flops_above(self, once: float, lengths: Sequence[int], queries: int) -> float:
+        """The first backward makes the weights' gradients besides."""
+        return super()._flops_above(once, lengths, queries) + 2.0 * self._tracked * sum(lengths)
