@@ -82,7 +82,9 @@ def model(found: Mapping[str, Any], corpus: Corpus, args: argparse.Namespace) ->
         "driver: what is left, and the last check": _seconds(
             1e-6 * units * (found["remaining"] + found["check_whole"])
         ),
-        "driver: items through Ray Data, no faster than": _known(found, "stream_item", 1e-3 * units, _seconds),
+        "items through Ray Data, driver, reader and actor on two cores": _known(
+            found, "stream_item", 1e-3 * units, _seconds
+        ),
         "driver: scores read for the selection": _seconds(1e-6 * rows * found["load_scores"]),
         "driver: ranking": _seconds(1e-6 * rows * found["decide"]),
         "driver: memory of the ranking": _bytes(ranking),

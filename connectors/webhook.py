@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import os
 import socket
 import ssl
 import time
@@ -151,6 +152,19 @@ def _distrust(error: BaseException | None) -> str | None:
     return None
 
 
+def _trusted() -> ssl.SSLContext:
+    """The authorities that the environment names, or those of certifi."""
+    try:
+        return httpx.create_ssl_context()
+    except OSError as e:  # ssl.SSLError is one
+        named = {name: os.environ[name] for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if name in os.environ}
+        said = " and ".join(f"{name}={value!r}" for name, value in named.items()) or "certifi's list"
+        raise _Refused(
+            f"audit.webhook: the authorities to trust cannot be read from {said} ({e.strerror or e}); name a readable "
+            f"file of PEM certificates, or unset it"
+        ) from None
+
+
 def _post(target: Target, body: bytes, headers: dict[str, str]) -> None:
     scheme, host, port = check(target)
     address = resolve(target)
@@ -162,8 +176,7 @@ def _post(target: Target, body: bytes, headers: dict[str, str]) -> None:
     try:
         # To the address that was checked, under the name that was allowed: a second look-up could answer otherwise.
         # The environment chooses the authorities that are trusted (SSL_CERT_FILE, SSL_CERT_DIR), and no proxy.
-        trusted = httpx.create_ssl_context()
-        with httpx.Client(verify=trusted, follow_redirects=False, trust_env=False, timeout=target.timeout) as client:
+        with httpx.Client(verify=_trusted(), follow_redirects=False, trust_env=False, timeout=target.timeout) as client:
             answer = client.post(
                 url, content=body, headers={**headers, "Host": name}, extensions={"sni_hostname": host}
             )

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from curate.errors import ConfigError, CorpusError, CurateError, WorkerError, near
+from curate.errors import ConfigError, CurateError, StorageError, near
 from curate.runtime import events
 
 if TYPE_CHECKING:
@@ -212,7 +212,8 @@ def run(
                 with told(pipeline), noted_work(job, pipeline.config):
                     pipeline.check_shared()
                     stages(pipeline)
-        except (CorpusError, WorkerError):
+        except CurateError:
             # Of actors that took too long to end when an error ended the stage, and were killed at their next range.
-            storage.remove_stale_temps(pipeline.config.sink.url)
+            with suppress(StorageError):  # what ended the job is to be told
+                storage.remove_stale_temps(pipeline.config.sink.url)
             raise

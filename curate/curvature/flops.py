@@ -26,15 +26,16 @@ def fisher_flops(
 
 def covariance_flops(layers: Sequence[TrackedLayer], tokens: int) -> float:
     """Σ a aᵀ of every input that is read and Σ δ δᵀ of every layer."""
-    return 2.0 * tokens * (_inputs(layers) + sum(layer.out**2 for layer in layers))
+    return 2.0 * tokens * squares(layers)
 
 
 def correction_flops(layers: Sequence[TrackedLayer], tokens: int, rotated: bool) -> float:
     """Σ_t δ_t a_tᵀ of every layer; `rotated`: with tokens brought into the eigenbases before."""
-    bases = _inputs(layers) + sum(layer.out**2 for layer in layers) if rotated else 0
+    bases = squares(layers) if rotated else 0
     return 2.0 * tokens * (bases + sum(layer.out * layer.width for layer in layers))
 
 
-def _inputs(layers: Sequence[TrackedLayer]) -> int:
-    """Σ n² over the inputs that are read."""
-    return sum(n * n for n in {layer.reads: layer.width for layer in layers}.values())
+def squares(layers: Sequence[TrackedLayer]) -> int:
+    """Σ n² over A of every input that is read, and B of every layer."""
+    inputs = {layer.reads: layer.width for layer in layers}
+    return sum(n * n for n in [*inputs.values(), *(layer.out for layer in layers)])

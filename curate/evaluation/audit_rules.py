@@ -120,16 +120,23 @@ def findings(rules: Sequence[Rule], slices: Sequence[Slice], names: Mapping[str,
 
 
 def undecided(rules: Sequence[Rule], total: Slice) -> list[str]:
-    """Rules that could not fire on all new rows, whatever had drifted, as these are too few; a line each, with why."""
+    """Rules that did not fire on all new rows, and at their limit could not, as these are too few; a line each, with
+    why, of the first such column."""
     out = []
     for rule in rules:
         if rule.measure in OF_SCORES:
-            known = (_why_not(rule, d) for column, d in total.drift.items() if _concerns(rule, column, d))
-            whys = [why for why in known if why is not None]
+            concerned = [(c, d) for c, d in total.drift.items() if _concerns(rule, c, d)]
+            whys = [
+                f"{rule.measure} of {column} {_SIGNS[rule.op]} {rule.limit:g}: {why}"
+                for column, drift in concerned
+                if not _of_score(rule, total, column, drift) and (why := _why_not(rule, drift)) is not None
+            ]
         else:
-            few = rule.measure not in _OF_TOTAL and total.rows < rule.min_rows
-            whys = [f"{total.rows:,} rows, and the rule has min_rows={rule.min_rows:,}"] if few else []
-        out += [f"{rule.text}: {whys[0]}"] if whys else []
+            few = f"{rule.text}: {total.rows:,} rows, and the rule has min_rows={rule.min_rows:,}"
+            whys = [few] if total.rows < rule.min_rows else []
+        if whys:
+            more = f" ({len(whys) - 1} more columns)" if len(whys) > 1 else ""
+            out.append(whys[0] + more)
     return out
 
 
@@ -176,7 +183,7 @@ def _few(rule: Rule, drift: Drift) -> bool:
 
 
 def _why_not(rule: Rule, drift: Drift) -> str | None:
-    """Why the rule could not fire on samples of these sizes; None: it could."""
+    """Why what is just beyond the rule's limit would not fire on samples of these sizes; None: it would."""
     rows = f"{drift.n:,} rows" + (f" against {drift.baseline_n:,}" if _compares(rule) else "")
     if _few(rule, drift):
         return f"{rows}, and the rule has min_rows={rule.min_rows:,}"

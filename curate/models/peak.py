@@ -14,11 +14,19 @@ SIZE, TIMES = 4096, 8  # 1.1 TFLOP in all: milliseconds on a GPU, and its pipes 
 
 
 def device_peak(device: torch.device, dtype: torch.dtype, configured_tflops: float | None = None) -> float | None:
-    """FLOP/s of `device` in `dtype`: `configured_tflops` (10¹² FLOP/s) if given; a GPU's measured, once a process;
-    None for a CPU, whose cores are shared with others and whose measurement would take them from the work."""
+    """FLOP/s of `device` in `dtype`: `configured_tflops` (10¹² FLOP/s) if given; a GPU's measured, once a process.
+
+    None for a CPU, whose cores are shared with others and whose measurement would take them from the work, and for a
+    GPU with no room left for it.
+    """
     if configured_tflops is not None:
         return configured_tflops * 1e12
-    return measured(device, dtype) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    try:
+        return measured(device, dtype)
+    except torch.OutOfMemoryError:
+        return None
 
 
 @cache

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
+import torch
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
@@ -47,6 +48,8 @@ class _Member:
                 self.state = make()
         except CurateError as e:
             self.failed = e
+        except torch.AcceleratorError as e:
+            self.failed = self.life.cannot_start(e)
 
     def work(
         self, act: Callable[[Any, Any], Any], item: Any, scene: events.Scene
@@ -111,32 +114,45 @@ class Crew:
         at = 0
         tries = [0] * len(items)
         running: dict[Any, tuple[Any, int]] = {}  # (member, item) by what to wait for; likewise:
-        away: dict[Any, tuple[Any, int]] = {}  # members that have died, or whose node has, and may come again
+        # Members that have died, or whose node has, and may come again; without an item where it has had its tries.
+        away: dict[Any, tuple[Any, int | None]] = {}
         try:
-            while at < len(items) or running or away:
+            while at < len(items) or running or any(n is not None for _, n in away.values()):
                 while idle and at < len(items):
                     member = idle.pop()
                     running[self._give(member, act, items[at])] = member, at
                     at += 1
                 (done, *_), _ = ray.wait([*running, *away], num_returns=1)
                 if done in away:
-                    member, n = away.pop(done)
-                    running[self._give(member, act, items[n])] = member, n
+                    member, waits = away.pop(done)
+                    try:
+                        ray.get(done)
+                    except ray.exceptions.RayActorError:
+                        member = self._replaced(member)
+                    if waits is None:
+                        idle.append(member)
+                    else:
+                        running[self._give(member, act, items[waits])] = member, waits
                     continue
                 member, n = running.pop(done)
                 tries[n] += 1
                 try:
                     answer, error = ray.get(done)
+                    idle.append(member)
                 except ray.exceptions.RayError as e:
                     # Ray's own repeats would be used up while it has not noticed that a node is gone.
-                    if isinstance(e, ray.exceptions.ActorUnavailableError) and tries[n] < TRIES:
+                    comes_again = isinstance(e, ray.exceptions.ActorUnavailableError)
+                    if comes_again and tries[n] < TRIES:
                         away[member.ready.remote()] = member, n
                         continue
                     said = worded(e)
                     if lost is None or not isinstance(said, WorkerError):
                         raise
+                    if comes_again:
+                        away[member.ready.remote()] = member, None
+                    else:
+                        idle.append(self._replaced(member))
                     answer, error = lost(items[n], said), None
-                idle.append(member)
                 if error is not None:
                     metrics.error(error[0])
                     raise getattr(errors, error[0], CurateError)(error[1])
@@ -151,6 +167,12 @@ class Crew:
     @staticmethod
     def _give(member: Any, act: Callable[[State, Item], Answer], item: Item) -> Any:
         return member.work.remote(act, item, events.scene())
+
+    def _replaced(self, member: Any) -> Any:
+        """A new one in the place of `member`, which Ray has started again as often as it may."""
+        self._members.remove(member)
+        self._grow(len(self._members) + 1)
+        return self._members[-1]
 
     def _grow(self, items: int) -> None:
         member = ray.remote(_Member)

@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from connectors import storage
+from curate.concepts.sae import encode_flops
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import Rendered
 from curate.corpus.spread import Piece, count, cut, plan_digest, spread
@@ -33,7 +34,7 @@ from curate.curvature.covariance import Covariances, accumulate_covariances
 from curate.curvature.ekfac import Bases, Corrections, Eigenbasis, accumulate_corrections, eigenbasis, make_factor
 from curate.curvature.files import INDEX, FactorIndex, load_index, save_factor, save_index
 from curate.curvature.fisher import CurvatureKind, CurvatureSpec
-from curate.curvature.flops import correction_flops, covariance_flops, fisher_flops
+from curate.curvature.flops import correction_flops, covariance_flops, fisher_flops, squares
 from curate.errors import ConfigError, CorpusError, CurvatureError
 from curate.models.tracked import Coverage, TrackedLayer
 from curate.runtime import partials
@@ -178,14 +179,8 @@ def _survey_url(spec: FitSpec) -> str:
 
 def _held(layers: Sequence[TrackedLayer], kind: CurvatureKind) -> int:
     """Bytes that an actor holds in the pass that needs the most: each matrix of A, B (or Q_A, Q_B), each layer's Λ."""
-    squares = 0 if kind == "diagonal" else _squares(layers)
-    return 4 * (squares + (0 if kind == "kfac" else sum(layer.size for layer in layers)))
-
-
-def _squares(layers: Sequence[TrackedLayer]) -> int:
-    """Σ n² over A of every input that is read, and B of every layer."""
-    inputs = {layer.reads: layer.width for layer in layers}
-    return sum(n * n for n in [*inputs.values(), *(layer.out for layer in layers)])
+    both = 0 if kind == "diagonal" else squares(layers)
+    return 4 * (both + (0 if kind == "kfac" else sum(layer.size for layer in layers)))
 
 
 def _surveyed(spec: FitSpec, crew: Crew) -> tuple[list[TrackedLayer], Coverage]:
@@ -199,7 +194,7 @@ def _surveyed(spec: FitSpec, crew: Crew) -> tuple[list[TrackedLayer], Coverage]:
 
 def _shards(spec: FitSpec, manifest: Manifest, layers: Sequence[TrackedLayer]) -> list[list[Piece]]:
     pieces = spread(manifest, spec.curvature.examples)
-    one = 4 * max(_squares(layers), sum(layer.size for layer in layers))
+    one = 4 * max(squares(layers), sum(layer.size for layer in layers))
     return cut(pieces, max(spec.shard_rows, -(-count(pieces) * one // PARTIAL_BYTES)))
 
 
@@ -264,7 +259,8 @@ def _finish(
     if not rendered:
         return Done(rows)
     passes, tokens = fisher_flops(state.cost, state.layers, shard.spec.curvature, rendered)
-    return Done(rows, tokens, 0, passes + flops(tokens), busy, state.peak)
+    inserted = 0.0 if state.sae is None else encode_flops(state.sae, tokens)
+    return Done(rows, tokens, 0, passes + inserted + flops(tokens), busy, state.peak)
 
 
 def _covariance(state: Differentiator, shard: _Shard) -> Done:

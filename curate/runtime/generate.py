@@ -22,10 +22,12 @@ from curate.corpus.coverage import Part
 from curate.corpus.recipe import Recipe
 from curate.corpus.render import tokenizer_digest
 from curate.corpus.units import Manifest
+from curate.errors import ModelError
 from curate.models.engines import GenerationSpec, make_engine, row_seed
-from curate.models.flops import cost_of
-from curate.models.load import load_tokenizer, resolve_device, resolve_dtype
+from curate.models.flops import ForwardCost, cost_of
+from curate.models.load import ModelSpec, load_tokenizer, resolve_device, resolve_dtype
 from curate.models.peak import device_peak
+from curate.runtime.events import say
 from curate.runtime.output import Output
 from curate.runtime.reader import ReaderSpec, read_chunks
 from curate.runtime.session import Session
@@ -81,7 +83,7 @@ class GenerateWorker:
         self.spec = spec
         self.engine = make_engine(spec.reader.model, spec.generation)
         model, generation = spec.reader.model, spec.generation
-        self.cost = cost_of(model)
+        self.cost = _cost(model)
         device = resolve_device(model.device)
         peak = device_peak(device, resolve_dtype(generation.dtype, device), peak_tflops)
         self.peak = None if peak is None else peak * generation.tensor_parallel
@@ -110,16 +112,26 @@ class GenerateWorker:
         table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
         self.spec.output.commit(Part(chunk.key, chunk.start, chunk.stop), table, bad)
         lengths = [len(a.token_ids) for a in made]
+        read = [0 if a.error is not None else len(p) for p, a in zip(prompts, made, strict=True)]
         return committed(
             chunk,
             bad,
             sum(lengths),
             began,
-            self.cost.generation_flops([len(p) for p in prompts], lengths),
-            self.peak,
+            self.cost.generation_flops(read, lengths) if self.cost else 0.0,
+            self.peak if self.cost else None,
             engine=self.engine.name,
             row_reproducible=self.engine.row_reproducible,
         )
+
+
+def _cost(model: ModelSpec) -> ForwardCost | None:
+    """None for what an engine can serve though it is no causal language model that transformers knows."""
+    try:
+        return cost_of(model)
+    except (ModelError, ValueError, AttributeError, KeyError) as e:
+        say(f"generate: FLOPs are not counted, as the model's shape is not known ({e})")
+        return None
 
 
 def _worker(spec: GenerateSpec, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:

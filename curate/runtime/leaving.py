@@ -7,6 +7,7 @@ or leave a half file, when the caller has long been told that the stage has ende
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import ray
 
@@ -18,10 +19,15 @@ GRACE_S = 30.0
 
 def let_end(calls: Sequence[ray.ObjectRef]) -> list[ray.ObjectRef]:
     """Wait until `calls` are done, GRACE_S at most; returns the others."""
-    if not calls:
-        return []
-    _, late = ray.wait([*calls], num_returns=len(calls), timeout=1.0)
-    if late:
-        say(f"waiting for workers to end what they have begun, {GRACE_S:.0f} s at most", workers=len(late))
-        _, late = ray.wait(late, num_returns=len(late), timeout=GRACE_S)
-    return late
+    late = list(calls)
+    with suppress(ray.exceptions.RayError):  # a cluster that is gone itself; what ended the stage is to be told
+        late = _wait(late, 1.0)
+        if late:
+            say(f"waiting for workers to end what they have begun, {GRACE_S:.0f} s at most", workers=len(late))
+            late = _wait(late, GRACE_S)
+        return late
+    return []
+
+
+def _wait(calls: list[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:
+    return ray.wait(calls, num_returns=len(calls), timeout=seconds)[1] if calls else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import ray
 import torch
@@ -36,8 +37,22 @@ class Life:
         """
         if isinstance(error, EngineDead) and not isinstance(error, EngineGone) and self._replaces and not self.answered:
             return error
-        print(f"{_in_words(error)} This actor ends and is replaced.", flush=True)
-        os._exit(DEAD_DEVICE_EXIT)
+        _exit(error)
+
+    def cannot_start(self, error: torch.AcceleratorError) -> CurateError:
+        """End this process, whose device failed in its constructor, to be replaced once by one whose may be sound.
+
+        Returns the error to tell in words if this one replaces another already: Ray would start ten more, and say then
+        that the memory does not suffice.
+        """
+        if self._replaces:
+            return _in_words(error)
+        _exit(error)
+
+
+def _exit(error: Exception) -> NoReturn:
+    print(f"{_in_words(error)} This actor ends and is replaced.", flush=True)
+    os._exit(DEAD_DEVICE_EXIT)
 
 
 def _in_words(error: Exception) -> CurateError:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from curate import errors
 from curate.errors import CurateError, WorkerError
@@ -69,6 +70,8 @@ class _Stage:
                 self.work = make()
         except CurateError as e:  # said with the first item; raised here it would only restart the actor
             self.failed = e
+        except torch.AcceleratorError as e:
+            self.failed = self.life.cannot_start(e)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if batch["error"][0]:
@@ -93,21 +96,30 @@ class _Actors:
 
     def __init__(self) -> None:
         self._prefix, self._numbers = f"stream-{secrets.token_hex(8)}", count()
+        self._names: list[str] = []
+        self._known: dict[str, Any] = {}
         self._leaving: dict[ray.ObjectRef, Any] = {}
 
     def name(self) -> dict[str, str]:
-        return {"name": f"{self._prefix}-{next(self._numbers)}"}
+        self._names.append(f"{self._prefix}-{next(self._numbers)}")
+        return {"name": self._names[-1]}
+
+    def know(self) -> None:
+        """Get hold of those that have started since: of an error of its own Ray Data tells when it has let them go, and
+        their names with them, though they still work."""
+        for name in self._names:
+            if name not in self._known:
+                with suppress(ValueError):  # not yet, or it has ended
+                    self._known[name] = ray.get_actor(name)
 
     def dismiss(self) -> None:
         """Have each leave when it has answered what it was given."""
         if not ray.is_initialized():  # a stream that is left after its session; asking would start another Ray
             return
         with suppress(ray.exceptions.RayError):  # a cluster that is gone itself; what ended the stream is to be told
-            for name in ray.util.list_named_actors():
-                if name.startswith(self._prefix):
-                    with suppress(ValueError):  # it has ended since
-                        actor = ray.get_actor(name)
-                        self._leaving[actor.__ray_terminate__.options(max_task_retries=0).remote()] = actor
+            self.know()
+            for actor in self._known.values():
+                self._leaving[actor.__ray_terminate__.options(max_task_retries=0).remote()] = actor
 
     def wait(self) -> None:
         """Until those that were dismissed are gone, for a set time, and kill the others."""
@@ -215,6 +227,7 @@ def _streamed(
     # Not iter_rows: it holds an answer, or an error, back until the next one has come; nor iter_batches, each call of
     # which leaves a thread behind.
     for bundle in data.iter_internal_ref_bundles():
+        actors.know()
         for entry in bundle.blocks:
             (row,) = ray.get(entry.ref).to_pylist()
             yield row
@@ -255,5 +268,9 @@ def map_tasks(fn: Callable[[Any], Any], items: Sequence[Any], cpus: float = 0.5)
                 waiting.append(call.remote(items[at]))
                 at += 1
             yield ray.get(waiting.pop(0))
-    except ray.exceptions.RayError as e:
-        raise worded(e) from e
+    except (Exception, GeneratorExit) as e:
+        for ref in let_end(waiting):
+            ray.cancel(ref, force=True)
+        if isinstance(e, ray.exceptions.RayError):
+            raise worded(e) from e
+        raise

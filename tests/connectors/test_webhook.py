@@ -183,12 +183,13 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(receiver, 
 
 @pytest.fixture
 def https(receiver, monkeypatch, tmp_path):
-    """A receiver on https, by a certificate for `names`, of an authority that `trusted` says is ours."""
+    """A receiver on https, by a certificate for `names_in_it`, of an authority that `trusted` says is ours."""
+    names(monkeypatch, "127.0.0.1")  # where it listens, whatever else this machine calls localhost
 
-    def make(*names: str, trusted: bool = True) -> tuple[Receiver, list[str | None]]:
+    def make(*names_in_it: str, trusted: bool = True) -> tuple[Receiver, list[str | None]]:
         authority, asked = trustme.CA(), []
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert(*names).configure_cert(context)
+        authority.issue_cert(*names_in_it).configure_cert(context)
         context.sni_callback = lambda _, name, __: asked.append(name)
         found = receiver(204)
         found.server.socket = context.wrap_socket(found.server.socket, server_side=True)
@@ -215,17 +216,29 @@ def test_https_is_verified_under_the_name_that_was_allowed(https):
 
 
 @pytest.mark.parametrize(
-    ("names", "trusted", "said"),
+    ("named", "trusted", "said"),
     [
         (["hooks.example.com"], True, "Hostname mismatch"),
         (["localhost"], False, "unable to get local issuer certificate"),
     ],
 )
-def test_a_certificate_that_is_not_trusted_ends_it_in_words(https, names, trusted, said):
-    found, _ = https(*names, trusted=trusted)
+def test_a_certificate_that_is_not_trusted_ends_it_in_words(https, named, trusted, said):
+    found, _ = https(*named, trusted=trusted)
     with pytest.raises(DeliveryError, match=rf"certificate of localhost is not trusted: .*{said}.*SSL_CERT_FILE") as e:
         deliver(secure(found), SECRET, BODY, "d1")
     assert "after 1 attempt" in str(e.value)
+    assert found.got == []
+
+
+@pytest.mark.parametrize("text", [None, "no certificate"])
+def test_authorities_that_cannot_be_read_end_it_in_words(https, tmp_path, monkeypatch, text):
+    found, _ = https("localhost")
+    place = tmp_path / "mine.pem"
+    if text is not None:
+        place.write_text(text)
+    monkeypatch.setenv("SSL_CERT_FILE", str(place))
+    with pytest.raises(DeliveryError, match=rf"cannot be read from SSL_CERT_FILE='{place}' .*PEM.*after 1 attempt"):
+        deliver(secure(found), SECRET, BODY, "d1")
     assert found.got == []
 
 

@@ -60,16 +60,19 @@ def test_what_cannot_be_measured_fires_nothing():
     ("rule", "expected"),
     [
         ({"measure": "psi", "limit": 0.25}, []),
-        ({"measure": "psi", "limit": 0.1}, ["psi > 0.1: 200 rows against 500 show up to 0.12 by chance alone"]),
+        ({"measure": "psi", "limit": 0.1, "column": "a.b"}, []),  # it fires, beyond chance
+        ({"measure": "psi", "limit": 0.1}, ["psi of c > 0.1: 200 rows against 500 show up to 0.12 by chance alone"]),
         ({"measure": "psi", "limit": 0.1, "op": "below"}, []),
         ({"measure": "ks", "limit": 0.5, "min_rows": 201},
-         ["ks > 0.5: 200 rows against 500, and the rule has min_rows=201"]),
-        ({"measure": "share_above", "limit": 0.5, "min_rows": 201},
-         ["share_above > 0.5: 200 rows, and the rule has min_rows=201"]),
+         ["ks of a.b > 0.5: 200 rows against 500, and the rule has min_rows=201 (1 more columns)"]),
+        ({"measure": "share_above", "limit": 0.5, "min_rows": 201, "column": "c"},
+         ["share_above of c > 0.5: 200 rows, and the rule has min_rows=201"]),
         ({"measure": "psi", "limit": 0.1, "column": "other"}, []),
         ({"measure": "quarantined", "limit": 0.9, "min_rows": 211},
          ["quarantined > 0.9: 210 rows, and the rule has min_rows=211"]),
         ({"measure": "new_labels", "limit": 0}, []),
+        ({"measure": "new_labels", "limit": 0, "min_rows": 211},
+         ["new_labels > 0: 210 rows, and the rule has min_rows=211"]),
     ],
 )  # fmt: skip
 def test_what_too_few_rows_leave_undecided(rule, expected):

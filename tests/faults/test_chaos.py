@@ -44,12 +44,14 @@ def test_the_table_adds_trials_up():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # on a busy machine; a trial gives itself up when nothing has come for five minutes
 def test_kills_of_each_kind_cost_at_most_a_unit_a_worker(tmp_path):
     """In a process of its own: the nodes it starts and their environment are nothing for the tests that follow."""
     asked = ["--jobs", "score", "--kinds", "mixed", "--kills", "5", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "tests.faults.chaos", *asked]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    outcome = Outcome(**json.loads((tmp_path / "seed-0.jsonl").read_text()))
-    assert made.returncode == 0, outcome.notes or made.stderr[-2000:]
-    assert outcome.good
-    assert outcome.hits.keys() >= {"actor", "driver", "node"}
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    # More than one where a job ended before its last kill.
+    outcomes = [Outcome(**json.loads(line)) for line in (tmp_path / "seed-0.jsonl").read_text().splitlines()]
+    assert all(o.good for o in outcomes)
+    assert {name for o in outcomes for name in o.hits} >= {"actor", "driver", "node"}

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import conversation, write_jsonl
+from tests.faults.test_kill import assert_all_gone, family
 from tests.jobs.helpers import command, inline, options, parts, run_job
 from tests.s3_server import serve
 
@@ -55,8 +56,10 @@ def test_the_main_job_on_s3_survives_a_kill(endpoint, model, tmp_path):
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.01)
+    relatives = family(first.pid)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
+    assert_all_gone(relatives)  # until then an actor may still commit what it was at
     done = len(keys(client, bucket, "out/scores/parts/"))
     assert 3 <= done < ROWS // 10
     status, half = seen(f"s3://{bucket}/out", endpoint)

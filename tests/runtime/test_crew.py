@@ -44,6 +44,12 @@ def die_of_two(state: Counter, x: int) -> int:
     return x
 
 
+def die_of_odd(state: Counter, x: int) -> int:
+    if x % 2:
+        os._exit(13)
+    return x
+
+
 def die(state: Counter, item: None) -> None:
     os._exit(13)
 
@@ -55,7 +61,8 @@ def fill(state: Counter, item: None) -> None:
 def fail_beside(state: Counter, item: tuple[Path, float]) -> None:
     """The first to begin raises when another is at work, which takes so many seconds."""
     place, seconds = item
-    (place / f"{os.getpid()}.begun").touch()
+    (place / f"{os.getpid()}-{state.calls}.begun").touch()
+    state.calls += 1
     try:
         (place / "first").touch(exist_ok=False)
     except FileExistsError:
@@ -101,6 +108,14 @@ def test_an_item_that_kills_its_actors_may_have_another_answer(running, monkeypa
     assert found == [1, (2, "WorkerError"), 3]
 
 
+def test_items_that_use_up_an_actor_s_starts_cost_no_other_item(running, monkeypatch):
+    monkeypatch.setattr("curate.runtime.crew.TRIES", 2)
+    with Crew(Counter, Pool(1, 0.5, 0, restarts=2)) as crew:
+        found = list(crew.map(die_of_odd, list(range(8)), lambda x, error: -x))
+        assert found == [0, -1, 2, -3, 4, -5, 6, -7]
+        assert list(crew.map(die_of_odd, [2, 4])) == [2, 4]
+
+
 def test_inline_there_is_one_state_here():
     with inline(), Crew(Counter, POOL) as crew:
         assert list(crew.map(square, [2, 3])) == [(os.getpid(), 1, 4), (os.getpid(), 2, 9)]
@@ -109,7 +124,7 @@ def test_inline_there_is_one_state_here():
 
 def test_an_error_lets_the_others_end_what_they_have_begun(running, tmp_path):
     with Crew(Counter, POOL) as crew, pytest.raises(CurvatureError, match="singular"):
-        list(crew.map(fail_beside, [(tmp_path, 3.0)] * 6))
+        list(crew.map(fail_beside, [(tmp_path, 10.0)] * 6))
     assert len(list(tmp_path.glob("*.begun"))) == 2
     assert len(list(tmp_path.glob("*.ended"))) == 1
 
@@ -119,7 +134,7 @@ def test_those_that_take_too_long_are_killed(running, tmp_path, monkeypatch, cap
     with Crew(Counter, POOL) as crew, pytest.raises(CurvatureError, match="singular"):
         list(crew.map(fail_beside, [(tmp_path, 60.0)] * 6))
     assert "waiting for workers" in capsys.readouterr().err
-    workers = [int(x.stem) for x in tmp_path.glob("*.begun")]
+    workers = [int(x.stem.split("-")[0]) for x in tmp_path.glob("*.begun")]
     deadline = time.monotonic() + 30
     while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -62,6 +62,34 @@ def test_an_engine_that_fails_at_once_in_the_new_actor_too_ends_the_stream_with_
     assert starts(tmp_path) == 2
 
 
+class CannotBegin:
+    def __init__(self, place: Path, times: int) -> None:
+        start = len(list(place.iterdir()))
+        (place / f"{start}").touch()
+        if start < times:
+            raise torch.AcceleratorError("CUDA error: lost")
+
+    def __call__(self, item: bytes) -> bytes:
+        return item
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("how", ["stream", "crew"])
+def test_a_device_that_is_lost_before_the_first_thing_is_replaced_once(tmp_path, how):
+    def run(place: Path, times: int) -> list[bytes]:
+        place.mkdir()
+        if how == "stream":
+            return sorted(stream(ITEMS, partial(CannotBegin, place, times), ONE))
+        with Crew(partial(CannotBegin, place, times), ONE) as crew:
+            return sorted(crew.map(work, ITEMS))
+
+    assert run(tmp_path / "once", 1) == sorted(ITEMS)
+    assert starts(tmp_path / "once") == 2
+    with pytest.raises(WorkerError, match=r"device has failed \(CUDA error: lost\).*nvidia-smi"):
+        run(tmp_path / "always", 99)
+    assert starts(tmp_path / "always") == 2
+
+
 def work(state: Fails, item: bytes) -> bytes:
     return state(item)
 

@@ -234,6 +234,45 @@ def test_workers_that_take_too_long_to_end_are_killed(tmp_path, monkeypatch, cap
     assert not list(tmp_path.glob("*.ended"))
 
 
+class DiesBeside:
+    """The item 0 ends its process whenever it is begun, once another one is at work, which takes some seconds."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __call__(self, item: bytes) -> bytes:
+        n = json.loads(item)
+        if n == 0:
+            while not list(self.place.glob("*.begun")):
+                time.sleep(0.01)
+            os._exit(13)
+        (self.place / f"{n}.begun").touch()
+        time.sleep(12)
+        (self.place / f"{n}.ended").touch()
+        return item
+
+
+def test_deaths_that_end_a_stream_let_the_others_end_too(tmp_path):
+    """Of these Ray Data tells when it has let its actors go."""
+    with pytest.raises(WorkerError, match="died again and again"):
+        list(stream(items(3), partial(DiesBeside, tmp_path), Pool(2, 0.5, 0, restarts=1)))
+    found = listed(tmp_path)
+    begun = [x.removesuffix(".begun") for x in found if x.endswith(".begun")]
+    assert begun
+    assert [x.removesuffix(".ended") for x in found if x.endswith(".ended")] == begun
+    time.sleep(1.5)
+    assert listed(tmp_path) == found
+
+
+def test_actors_end_with_their_stream():
+    pids = {int(a) for a in stream(items(3), lambda: lambda item: str(os.getpid()).encode(), POOL)}
+    assert pids
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
 def test_a_stream_leaves_no_thread_behind():
     list(stream(items(1), echo, POOL))
     before = threading.active_count()
@@ -250,6 +289,24 @@ def double(x: int) -> int:
     if x == 99:
         raise StorageError("99 is too much")
     return 2 * x
+
+
+def begins_beside(item: tuple[Path, bool]) -> None:
+    place, fails = item
+    if fails:
+        while not list(place.glob("*.begun")):
+            time.sleep(0.01)
+        raise StorageError("no space left")
+    name = place / f"{os.getpid()}.begun"
+    name.touch()
+    time.sleep(5)
+    name.with_suffix(".ended").touch()
+
+
+def test_an_error_of_a_task_lets_the_others_end(tmp_path):
+    with pytest.raises(StorageError, match="no space left"):
+        list(map_tasks(begins_beside, [(tmp_path, True), (tmp_path, False)]))
+    assert [x.suffix for x in sorted(tmp_path.iterdir())] == [".begun", ".ended"]
 
 
 def test_tasks_keep_their_order_and_their_errors():

@@ -181,17 +181,14 @@ class Backend(ABC):
     def _batch(self, batch: RowBatch) -> BatchSums:
         """The derivatives of one batch."""
 
+    @abstractmethod
     def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
-        """One forward, its tangent or backward from the lowest block, and what is done with s."""
-        return (
-            self._cost.flops(lengths, None, loss_tokens)
-            + self._cost.gradient_flops(lengths, self.lowest, loss_tokens)
-            + self._flops_of_s(lengths)
-        )
+        """FLOPs of the derivatives of rows of `lengths` tokens, `loss_tokens` of them in the loss."""
 
-    def _flops_of_s(self, lengths: Sequence[int]) -> float:
-        """s once for each query and token."""
-        return 2.0 * sum(layer.size for layer in self.layers) * self.n_queries * sum(lengths)
+    def _flops_of_backward(self, lengths: Sequence[int], loss_tokens: int) -> float:
+        """One forward, and one backward to the activations of the lowest block."""
+        forward = self._cost.flops(lengths, None, loss_tokens)
+        return forward + self._cost.gradient_flops(lengths, self.lowest, loss_tokens)
 
 
 def check_layers(model: PreTrainedModel, vector: TestVector | TestVectorHeader) -> None:

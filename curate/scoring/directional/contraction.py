@@ -64,8 +64,10 @@ class Contraction(Backend):
             None if tokens is None else tokens * self._units,
         )
 
-    def _flops_of_s(self, lengths: Sequence[int]) -> float:
-        return contract_flops(self.directions, self.layers, lengths, self.per_token)
+    def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
+        return self._flops_of_backward(lengths, loss_tokens) + contract_flops(
+            self.directions, self.layers, lengths, self.per_token
+        )
 
 
 def contract_flops(

@@ -112,6 +112,7 @@ class Cosine(Backend):
         # A row without a gradient has no direction: 0/0, which is told as NaN.
         return BatchSums(scores * self._units / squares.sqrt()[:, None])
 
-    def _flops_of_s(self, lengths: Sequence[int]) -> float:
+    def _flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
         directed = [layer for layer in self._tap.layers if layer.name in self.directions]
-        return contract_flops(self.directions, directed, lengths) + self._norms.flops(self._tap.layers, lengths)
+        own = contract_flops(self.directions, directed, lengths) + self._norms.flops(self._tap.layers, lengths)
+        return self._flops_of_backward(lengths, loss_tokens) + own
