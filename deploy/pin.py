@@ -5,10 +5,17 @@ line, for `pip install -c`. It follows the requirements of pyproject.toml and de
 the metadata of what is installed; tools that happen to lie beside them are left out. It knows no package index.
 
     .venv/bin/python deploy/pin.py > deploy/constraints.txt
+
+With a report of pip's it writes what CUDA needs besides; pip says what conflicts with the first file. No GPU is needed:
+
+    .venv/bin/python -m pip install --dry-run --ignore-installed --report gpu.json -c deploy/constraints.txt ".[gpu]"
+    .venv/bin/python deploy/pin.py gpu.json > deploy/constraints-gpu.txt
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -51,7 +58,20 @@ def pins(requirements: list[str]) -> dict[str, str]:
     return found
 
 
+def besides(report: Path, known: set[str]) -> dict[str, str]:
+    """Name → version of what pip would install by its report and `known` does not name."""
+    items = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    found = {canonicalize_name(item["name"]): item["version"] for item in items}
+    return {name: v for name, v in found.items() if name not in {*known, "curate", "torch", "vllm"}}
+
+
 if __name__ == "__main__":
-    print("# Made by deploy/pin.py from an environment that passed the tests; do not edit by hand.")
-    for name, version in sorted(pins(wanted()).items()):
+    if len(sys.argv) > 1:
+        lines = (ROOT / "deploy/constraints.txt").read_text().splitlines()
+        print("# Made by deploy/pin.py from pip's report, beside constraints.txt; do not edit by hand.")
+        chosen = besides(Path(sys.argv[1]), {line.split("==")[0] for line in lines})
+    else:
+        print("# Made by deploy/pin.py from an environment that passed the tests; do not edit by hand.")
+        chosen = pins(wanted())
+    for name, version in sorted(chosen.items()):
         print(f"{name}=={version}")

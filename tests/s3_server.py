@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec.config
@@ -69,7 +70,7 @@ def _free_port() -> int:
 def serve(timeout_s: float = 60.0) -> Iterator[Endpoint]:
     """Start the server, wait until it answers, stop it at the end."""
     port = _free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, str(Path(__file__).with_name("moto_server.py")), "-H", "127.0.0.1", "-p", str(port)]
     # A file, not a pipe: the server writes a line a request, and would stand still once nobody empties the pipe.
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)

@@ -62,6 +62,7 @@ def test_versions_are_those_of_make(kind):
     installs = " ".join(v for n, v in STAGES[f"{kind}-environment"] if n == "RUN")
     assert set(re.findall(r"==\$\{(\w+)\}", installs)) == {"TORCH", "VLLM", "SMOL"}
     assert "-c deploy/constraints.txt" in installs
+    assert ("-c deploy/constraints-gpu.txt" in installs) == (kind == "gpu")
 
 
 def test_the_base_is_a_python_that_the_project_takes():
@@ -123,6 +124,17 @@ def test_every_requirement_is_pinned_within_its_range():
         if name == "torch" or (requirement.marker and not requirement.marker.evaluate()):
             continue
         assert requirement.specifier.contains(pins[name]), f"{requirement}: {pins[name]}; run deploy/pin.py"
+
+
+def test_what_cuda_needs_besides_is_pinned_once():
+    def names(file: str) -> list[str]:
+        lines = (ROOT / "deploy" / file).read_text().splitlines()
+        return [line.split("==")[0] for line in lines if line and not line.startswith("#")]
+
+    both, more = names("constraints.txt"), names("constraints-gpu.txt")
+    assert len({*both, *more}) == len(both) + len(more)
+    assert "nvidia-cudnn-cu13" in more
+    assert not {"torch", "vllm", "curate"} & {*both, *more}
 
 
 def test_a_linter_has_nothing_to_say():
