@@ -170,6 +170,7 @@ class Crew:
 
     def _replaced(self, member: Any) -> Any:
         """A new one in the place of `member`, which Ray has started again as often as it may."""
+        ray.kill(member)  # of one that ran out of memory Ray starts another, which would take the new one's share
         self._members.remove(member)
         self._grow(len(self._members) + 1)
         return self._members[-1]
