@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +117,7 @@ def store_activations(
     if missing:
         output = _pass(url, missing)
         make = partial(
-            _writer, spec, url, tuple(missing), output, max(1, round(session.scorers.cpus)), session.peak_tflops
+            _Writer, spec, url, tuple(missing), output, max(1, round(session.scorers.cpus)), session.peak_tflops
         )
         read = partial(read_chunks, spec=spec.reader)
         own = Recipe("activation pass", {**recipe.fields, "layers": missing})
@@ -218,7 +218,7 @@ class _Writer:
         layers: tuple[int, ...],
         output: Output,
         threads: int,
-        peak_tflops: float | None = None,
+        peak_tflops: float | None,
     ) -> None:
         torch.set_num_threads(threads)
         self.spec, self.url, self.output = spec, url, output
@@ -308,9 +308,3 @@ def _index(columns: Mapping[str, Sequence[np.ndarray]], counts: Sequence[int]) -
     types = {"shard": pa.int32(), "row": pa.int64(), "position": pa.int32()}
     arrays = {name: pa.array(np.concatenate(columns[name]) if counts else [], t) for name, t in types.items()}
     return pa.table(arrays).replace_schema_metadata({b"shards": json.dumps(list(counts)).encode()})
-
-
-def _writer(
-    spec: ActivationSpec, url: str, layers: tuple[int, ...], output: Output, threads: int, peak_tflops: float | None
-) -> Callable[[bytes], bytes]:
-    return _Writer(spec, url, layers, output, threads, peak_tflops)

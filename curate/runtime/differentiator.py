@@ -42,7 +42,7 @@ class DifferentiatorSpec:
 class Differentiator:
     """State of one actor of a `Crew`."""
 
-    def __init__(self, spec: DifferentiatorSpec, threads: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, spec: DifferentiatorSpec, threads: int, peak_tflops: float | None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec, self._peak_tflops = spec, peak_tflops
         self._kept: tuple[str, Any] = ("", None)

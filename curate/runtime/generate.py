@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -78,7 +77,7 @@ def generation_recipe(
 class GenerateWorker:
     """One actor: a vLLM (or transformers) engine; a chunk of prompts in, a committed part of responses out."""
 
-    def __init__(self, spec: GenerateSpec, threads: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, spec: GenerateSpec, threads: int, peak_tflops: float | None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
         self.spec = spec
         self.engine = make_engine(spec.reader.model, spec.generation)
@@ -134,10 +133,6 @@ def _cost(model: ModelSpec) -> ForwardCost | None:
         return None
 
 
-def _worker(spec: GenerateSpec, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
-    return GenerateWorker(spec, threads, peak_tflops)
-
-
 def generate(
     spec: GenerateSpec, recipe: Recipe, manifest: Manifest, session: Session, max_bad_fraction: float
 ) -> StageResult:
@@ -150,7 +145,7 @@ def generate(
     """
     reader = replace(spec.reader, generations=None, prompts_only=True)
     threads = max(1, round(session.engines.cpus))
-    make = partial(_worker, replace(spec, reader=reader), threads, session.peak_tflops)
+    make = partial(GenerateWorker, replace(spec, reader=reader), threads, session.peak_tflops)
     where = storage.join(spec.output.url, "artifact.json")
 
     def told(answer: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,7 +69,7 @@ class Bounds:
 class CosineWorker:
     """One actor: the model with its SAE, a chunk in, a committed part out."""
 
-    def __init__(self, spec: CosineSpec, gradients: Any, threads: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, spec: CosineSpec, gradients: Any, threads: int, peak_tflops: float | None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         self.model = load_model(spec.model)
@@ -103,10 +103,6 @@ class CosineWorker:
         return committed(chunk, bad, tokens, began, flops, self.peak)
 
 
-def _worker(spec: CosineSpec, gradients: Any, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
-    return CosineWorker(spec, gradients, threads, peak_tflops)
-
-
 def gradient_cosines(
     spec: CosineSpec, recipe: Recipe, manifest: Manifest, session: Session, max_bad_fraction: float
 ) -> StageResult:
@@ -117,7 +113,7 @@ def gradient_cosines(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     ref = put(load_arrays({ITEMS: spec.gradients}))  # kept here while actors may be replaced
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
+    make = partial(CosineWorker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "trace: pre-filter",

@@ -16,7 +16,7 @@ layer, and latents that do not fire are never written. A row whose states are no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -125,7 +125,7 @@ def row_latents(
 class LatentWorker:
     """One actor: a model up to the SAE's layer, a chunk in, a committed part out."""
 
-    def __init__(self, spec: LatentActivationSpec, sae: Any, threads: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, spec: LatentActivationSpec, sae: Any, threads: int, peak_tflops: float | None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         model = load_model(spec.reader.model)
@@ -188,10 +188,6 @@ def _table(chunk: Chunk, good: Sequence[int], found: Sequence[Fired]) -> pa.Tabl
     return pa.table(columns)
 
 
-def _worker(spec: LatentActivationSpec, sae: Any, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
-    return LatentWorker(spec, sae, threads, peak_tflops)
-
-
 def latent_activations(
     spec: LatentActivationSpec, sae: SAE, recipe: Recipe, manifest: Manifest, session: Session, max_bad_fraction: float
 ) -> StageResult:
@@ -202,7 +198,7 @@ def latent_activations(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     ref = put(sae.to("cpu"))
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
+    make = partial(LatentWorker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "latents", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,7 +136,7 @@ def _candidates(chunk: Chunk, spec: LatentSpec) -> Candidates:
 class LatentWorker:
     """One actor: model, SAE and test vectors on its device; candidates in, a committed part out."""
 
-    def __init__(self, spec: LatentSpec, vectors: Any, threads: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, spec: LatentSpec, vectors: Any, threads: int, peak_tflops: float | None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         model = load_model(spec.model)
@@ -219,10 +219,6 @@ def pair(row: RowLatents, at: int, token_latents: int | None) -> dict[str, Any]:
     }
 
 
-def _worker(spec: LatentSpec, vectors: Any, threads: int, peak_tflops: float | None) -> Callable[[bytes], bytes]:
-    return LatentWorker(spec, vectors, threads, peak_tflops)
-
-
 def latent_influence(
     spec: LatentSpec, recipe: Recipe, manifest: Manifest, session: Session, max_bad_fraction: float
 ) -> StageResult:
@@ -235,7 +231,7 @@ def latent_influence(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     ref = put(load_arrays({ITEMS: spec.vector}))  # kept here while actors may be replaced
-    make = partial(_worker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
+    make = partial(LatentWorker, spec, ref, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_candidates, spec=spec)
     return run_units(
         "trace: latents", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,9 +66,7 @@ def load_models(
 class ScoreWorker:
     """One actor: a model on its device, all scorers prepared, a chunk in, a committed part out."""
 
-    def __init__(
-        self, spec: ScoreSpec, concepts: Any, vectors: Any, threads: int, peak_tflops: float | None = None
-    ) -> None:
+    def __init__(self, spec: ScoreSpec, concepts: Any, vectors: Any, threads: int, peak_tflops: float | None) -> None:
         torch.set_num_threads(max(1, threads))
         self.spec = spec
         self.scorers = make_scorers(spec.scorers, fetch(concepts), test_vectors=from_store(fetch(vectors)))
@@ -122,12 +120,6 @@ class ScoreWorker:
         return pa.table({**base, **own})
 
 
-def _worker(
-    spec: ScoreSpec, concepts: Any, vectors: Any, threads: int, peak_tflops: float | None
-) -> Callable[[bytes], bytes]:
-    return ScoreWorker(spec, concepts, vectors, threads, peak_tflops)
-
-
 def score(
     spec: ScoreSpec,
     recipe: Recipe,
@@ -143,7 +135,7 @@ def score(
         CorpusError: more than `max_bad_fraction` of the rows are bad; parts and quarantine stay for inspection.
     """
     refs = put(list(concepts)), put(load_arrays(spec.test_vectors))  # kept here while actors may be replaced
-    make = partial(_worker, spec, *refs, max(1, round(session.scorers.cpus)), session.peak_tflops)
+    make = partial(ScoreWorker, spec, *refs, max(1, round(session.scorers.cpus)), session.peak_tflops)
     read = partial(read_chunks, spec=spec.reader)
     return run_units(
         "score", spec.output, recipe, manifest, make, session.scorers, read, session.readers, max_bad_fraction
